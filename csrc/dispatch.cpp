@@ -1,0 +1,47 @@
+// Which kernels this build has, and which of them this machine can run.
+#include <string.h>
+
+#include "fitune_kernels.h"
+
+extern const FituneKernels fitune_kernels_scalar;
+#if defined(__x86_64__)
+extern const FituneKernels fitune_kernels_avx2;
+extern const FituneKernels fitune_kernels_avx512;
+#elif defined(__aarch64__)
+extern const FituneKernels fitune_kernels_neon;
+#endif
+
+extern "C" __attribute__((visibility("default"))) int fitune_abi(void) { return FITUNE_ABI; }
+
+extern "C" __attribute__((visibility("default"))) const char *fitune_available(void) {
+#if defined(__x86_64__)
+  // The compiler's run-time support reads cpuid and XCR0, so that a set the operating system does not save
+  // is not reported.
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? "avx512 avx2 scalar" : avx2 ? "avx2 scalar" : "scalar";
+#elif defined(__aarch64__)
+  return "neon scalar";  // NEON is part of every AArch64
+#else
+  return "scalar";
+#endif
+}
+
+extern "C" __attribute__((visibility("default"))) const FituneKernels *fitune_kernels(const char *instruction_set) {
+  const FituneKernels *all[] = {
+#if defined(__x86_64__)
+      &fitune_kernels_avx512, &fitune_kernels_avx2,
+#elif defined(__aarch64__)
+      &fitune_kernels_neon,
+#endif
+      &fitune_kernels_scalar};
+  for (const FituneKernels *table : all) {
+    if (strcmp(table->instruction_set, instruction_set)) continue;
+    // a whole name among the available ones
+    const char *found = strstr(fitune_available(), instruction_set);
+    return found ? table : nullptr;
+  }
+  return nullptr;
+}

@@ -1,0 +1,75 @@
+/* The whole interface of the native kernels: plain C, no torch, no Python.
+ *
+ * Legend: M rows (tokens), C hidden width, F feed-forward width, V vocabulary, D head dimension.
+ * `kind` of a floating-point buffer: 0 float32, 1 bfloat16 (as uint16_t), 2 float16 (as uint16_t).
+ * Every pointer is to contiguous memory and may lie at any alignment that its element type allows.
+ * `threads` is the number of OpenMP threads to use. Results depend on it nowhere.
+ */
+#ifndef FITUNE_KERNELS_H
+#define FITUNE_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { FITUNE_ABI = 1 };
+enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
+enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
+
+typedef struct FituneKernels {
+  const char *instruction_set;
+
+  /* n weights in blocks of 64 -> codes[(n + 1) / 2], the first of a pair in the high four bits; absmax[ceil(n / 64)]. */
+  void (*nf4_quantise)(const void *weight, int kind, int64_t n, uint8_t *codes, float *absmax, int threads);
+
+  /* The inverse, with double-quantised scales:
+   * absmax of block i = table[absmax_codes[i]] * nested_absmax[i / 256] + offset. */
+  void (*nf4_dequantise)(const uint8_t *codes, const uint8_t *absmax_codes, const float *nested_absmax,
+                         const float *table, float offset, int64_t n, void *out, int kind, int threads);
+
+  /* out[m] = x[m] * rstd[m] * (shift + weight), rstd[m] = 1 / sqrt(mean(x[m]^2) + eps). x, out [M, C]. */
+  void (*rms_norm)(const void *x, const void *weight, int kind, int64_t m, int64_t c, float eps, float shift,
+                   void *out, float *rstd, int threads);
+
+  /* grad_x of the same, from x and rstd. */
+  void (*rms_norm_backward)(const void *grad_out, const void *x, const void *weight, const float *rstd, int kind,
+                            int64_t m, int64_t c, float shift, void *grad_x, int threads);
+
+  /* out = activation(gate) * up, element by element, n elements. */
+  void (*gated_activation)(const void *gate, const void *up, int kind, int activation, int64_t n, void *out,
+                           int threads);
+
+  /* Gradients of the same; grad_gate and grad_up may be the buffers of gate and up.
+   * `out` (may be null) receives activation(gate) * up again, for those that did not keep it. */
+  void (*gated_activation_backward)(const void *grad_out, const void *gate, const void *up, int kind,
+                                    int activation, int64_t n, void *grad_gate, void *grad_up, void *out,
+                                    int threads);
+
+  /* logits [M, V] -> logprob[m] = log softmax(logits[m])[target[m]]; and, if `grad`, in place:
+   * logits[m, v] = (v == target[m]) - softmax(logits[m])[v], the gradient of logprob[m]. */
+  void (*token_logprob)(void *logits, int kind, const int64_t *target, int64_t m, int64_t v, int grad,
+                        float *logprob, int threads);
+
+  /* x [tokens, heads, D] with row stride `stride`, rotated in the first 2 * half columns of every head by the
+   * angles of its position: (a, b) -> (a cos - b sin, b cos + a sin), a = x[i], b = x[i + half].
+   * cos, sin [tokens, half] float32. `inverse` turns the other way (the gradient). out [tokens, heads, D]. */
+  void (*rotate)(const void *x, int kind, int64_t tokens, int64_t heads, int64_t d, int64_t half,
+                 int64_t token_stride, int64_t head_stride, const float *cos, const float *sin, int inverse,
+                 void *out, int threads);
+} FituneKernels;
+
+int fitune_abi(void);
+
+/* The instruction sets this build has kernels for and this machine (CPU and operating system) can run, best
+ * first, separated by spaces. */
+const char *fitune_available(void);
+
+/* The kernels for one of these sets; null for any other name. */
+const FituneKernels *fitune_kernels(const char *instruction_set);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

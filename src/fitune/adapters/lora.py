@@ -1,0 +1,155 @@
+"""Injecting a LoRA adapter, and saving and loading it in PEFT's format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from fitune.adapters.targets import target_names
+from fitune.errors import InputError
+
+BASE_FILE = "base.json"
+ADAPTER = "default"
+# Makes a LoRA layer for a base layer, or None to leave it to PEFT's own classes.
+LayerFactory = Callable[..., nn.Module | None]
+
+
+def inject(
+    model: PreTrainedModel, head: str, *, rank: int, alpha: float, dropout: float, targets: Any, rslora: bool,
+    seed: int, base_name: str, layer: LayerFactory | None = None,
+) -> PeftModel:  # fmt: skip
+    """`model` with a fresh adapter (A random from `seed`, B zero) on every target; the base is frozen.
+
+    `layer` makes the LoRA layers (the fused ones); where it returns None PEFT's own are used.
+    Raises InputError for targets that match nothing.
+    """
+    names = target_names(model, head, targets)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=names, bias="none",
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name,
+    )  # fmt: skip
+    if layer is not None:
+        config._register_custom_module({nn.Linear: layer})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    found = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    if len(found) != len(names):
+        raise RuntimeError(f"PEFT adapted {len(found)} of {len(names)} layers")
+    return adapted  # type: ignore[no-any-return]
+
+
+def short_targets(names: list[str]) -> list[str]:
+    """Last parts of the targets' names, as PEFT adapters usually list them; whole names where that is ambiguous."""
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def save_adapter(model: PeftModel, folder: Path, base: dict[str, str]) -> None:
+    """Writes the adapter as PEFT does (adapter_model.safetensors, adapter_config.json) plus `base.json`.
+
+    `base` says what the adapter belongs to (`reference`, `fingerprint`). The folder appears whole or not at all.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        state = {
+            name: value.detach().to(torch.float32).contiguous().clone()
+            for name, value in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
+        }
+        save_file(state, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = model.peft_config[ADAPTER].to_dict()
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        config["inference_mode"] = True
+        text = json.dumps(
+            config, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value))
+        )
+        (beside / "adapter_config.json").write_text(text + "\n")
+        (beside / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
+        for path in beside.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(beside, 0o755)
+        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_base(folder: Path) -> dict[str, str] | None:
+    """What `save_adapter` wrote about the base; None for an adapter that another program made."""
+    path = folder / BASE_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    fingerprint: str,
+    layer: LayerFactory | None = None,
+    trainable: bool = False,
+) -> PeftModel:
+    """`model` with the adapter that lies in `folder`, ours or another program's.
+
+    Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base.
+    """
+    config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    missing = [path.name for path in (config_path, weights) if not path.is_file()]
+    if missing:
+        raise InputError(f"no adapter here: {' and '.join(missing)} missing", where=folder)
+    base = read_base(folder)
+    if base is not None and base["fingerprint"] != fingerprint:
+        raise InputError(
+            f"this adapter was trained on {base['reference']!r} (fingerprint {base['fingerprint']}), not on the "
+            f"model given (fingerprint {fingerprint}); give the same model",
+            where=folder,
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"adapter_config.json is not a LoRA adapter that PEFT reads: {error}", where=folder
+        ) from error
+    if layer is not None:
+        config._register_custom_module({nn.Linear: layer})
+    try:
+        from safetensors import safe_open
+
+        with safe_open(weights, framework="pt") as handle:
+            keys = set(handle.keys())
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), adapter_name=ADAPTER, config=config, is_trainable=trainable
+        )
+    except Exception as error:
+        raise InputError(f"the adapter does not fit this model: {error}", where=folder) from error
+    have = set(get_peft_model_state_dict(adapted, adapter_name=ADAPTER))
+    if keys != have:
+        odd = sorted(keys ^ have)
+        raise InputError(
+            f"{len(odd)} tensors of the adapter and the model do not match, such as {odd[0]}", where=folder
+        )
+    return adapted  # type: ignore[no-any-return]
+
+
+def adapter_digest(model: PeftModel) -> str:
+    """A hash over the adapter's exact bits, in name order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER).items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

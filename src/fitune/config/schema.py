@@ -1,0 +1,326 @@
+"""The run file's fields: names, types, defaults, meanings and allowed values. Nothing else defines them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """Marks a path that must name an existing file."""
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Marks a path that will be written."""
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Marks a name that may be a path: a folder, a GGUF file, a hub name or the word `bundled`."""
+
+
+class Conflict(NamedTuple):
+    """A field that cannot stand beside others: its name (`train.steps`), the others' names, what to do."""
+
+    field: str
+    beside: tuple[str, ...]
+    sentence: str
+
+
+class CombinationError(ValueError):
+    """Fields that are right one by one and cannot stand together."""
+
+    def __init__(self, conflicts: list[Conflict]) -> None:
+        self.conflicts = conflicts
+        super().__init__("; ".join(f"{conflict.field}: {conflict.sentence}" for conflict in conflicts))
+
+
+class Section(BaseModel):
+    """A part of the run file: strict types, no unknown fields, unchangeable."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, or a list of paths and {path, ...} mappings -> a tuple of mappings."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[str, InputFile(), Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, le=0.5)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class DataSource(Section):
+    """One file of training data."""
+
+    path: FilePath = Field(description="The file; relative to the run file's folder", examples=["train.jsonl"])
+    format: Text = Field(
+        default="auto",
+        description="How its records are written; auto recognises it by the content",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Renames the file's columns to those of a format: {name in the file: name in the format}",
+        examples=[{"question": "instruction", "answer": "output"}],
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="How often its samples are seen in an epoch; 0.5: half of them",
+    )
+
+
+class DataSettings(Section):
+    """What to learn from, and how it becomes tokens."""
+
+    train: Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources)] = Field(
+        min_length=1,
+        description="The training data: a file, or a list of files or of {path, format, columns, weight}",
+    )
+    validation: FilePath | Share | None = Field(
+        default=None,
+        description="A file of validation data, or the share of the training data to hold out for it",
+        examples=[0.05],
+    )
+    system: str | None = Field(
+        default=None,
+        description="A system message for every conversation; without it the data's own is kept",
+        examples=["You answer in one sentence."],
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        default="assistant",
+        description="Whose tokens are learnt: every answer's, the last answer's, everybody's",
+    )
+    max_tokens: int = Field(
+        default=1024, ge=16, le=1_048_576, description="Length of a row, in tokens; no sample may be longer"
+    )
+    over_length: Literal["error", "drop", "cut"] = Field(
+        default="error",
+        description="What to do with samples longer than max_tokens; dropping and cutting is reported",
+    )
+    pack: bool = Field(
+        default=True,
+        description="Put several samples into a row; they never see each other",
+    )
+
+
+class LoraSettings(Section):
+    """The adapter (methods lora and qlora)."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of the adapter's matrices")
+    alpha: float = Field(
+        default=32.0,
+        gt=0,
+        le=65536,
+        description="The adapter's output is scaled by alpha / rank (rslora: alpha / sqrt(rank))",
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the adapter's inputs that is zeroed in training"
+    )
+    targets: Annotated[Literal["all-linear"] | tuple[Text, ...], BeforeValidator(_as_tuple)] = Field(
+        default="all-linear",
+        description="Modules to adapt: all-linear (every linear layer of the decoder) or a list of names",
+        examples=[["q_proj", "v_proj"]],
+    )
+    rslora: bool = Field(
+        default=False,
+        description="Scale by alpha / sqrt(rank), which is steadier at high ranks",
+    )
+
+
+class TrainSettings(Section):
+    """How to train."""
+
+    epochs: float = Field(
+        default=1.0,
+        gt=0,
+        le=10_000,
+        description="Passes over the training data; may be a fraction; not together with steps",
+    )
+    steps: Count | None = Field(
+        default=None,
+        description="Optimizer steps, instead of epochs; without it they follow from epochs",
+        examples=[500],
+    )
+    micro_batch: int = Field(
+        default=4, ge=1, le=65536, description="Rows of max_tokens that go through the model at once"
+    )
+    accumulation: int = Field(default=1, ge=1, le=65536, description="Micro-batches to an optimizer step")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Peak learning rate; without it 2e-4 (lora, qlora) or 1e-5 (full)",
+        examples=[2e-4],
+        json_schema_extra={"usual": "between 1e-6 and 2e-3"},
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up"
+    )
+    warmup_share: float = Field(
+        default=0.03,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the learning rate rises from zero",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, lt=1, description="AdamW's decoupled weight decay")
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = Field(
+        default=(0.9, 0.999), description="AdamW's decay rates of the first and second moment"
+    )
+    max_grad_norm: float = Field(
+        default=1.0,
+        gt=0,
+        le=1_000_000,
+        description="Gradients are scaled down to this norm where they exceed it",
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw",
+        description="adamw8bit keeps the optimizer's states in 8 bits: a quarter of the memory",
+    )
+    recompute: Literal["none", "layers"] = Field(
+        default="none",
+        description="layers computes each layer again in the backward pass: less memory, a third more time",
+    )
+    compute: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Number format of the products; auto takes bfloat16 where the machine computes with it",
+    )
+    validate_every_steps: Count | None = Field(
+        default=None,
+        description="Validate after every so many steps; without it at the end",
+        examples=[100],
+    )
+    save_every_steps: Count | None = Field(
+        default=None,
+        description="Write a checkpoint after every so many steps; without it at the end",
+        examples=[100],
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="The newest checkpoints to keep")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None,
+        description="CPU threads; without it as many as affinity and the container allow",
+        examples=[4],
+    )
+    backend: Literal["auto", "native", "reference"] = Field(
+        default="auto",
+        description="Which kernels run: native (compiled), reference (plain torch), or the best there is",
+    )
+
+
+class EvaluateSettings(Section):
+    """How the result is judged against the base model."""
+
+    task: Literal["none", "sql", "text", "perplexity"] = Field(
+        default="none",
+        description="sql: execution accuracy on a database; text: BLEU, chrF, ROUGE-L; or perplexity",
+    )
+    data: FilePath | None = Field(
+        default=None, description="The questions; without it the validation data", examples=["test.jsonl"]
+    )
+    database: FilePath | None = Field(
+        default=None,
+        description="The SQLite file the answers of task sql are run on",
+        examples=["shop.sqlite"],
+    )
+    max_new_tokens: int = Field(default=128, ge=1, le=131_072, description="Longest answer, in tokens")
+    batch: int = Field(default=16, ge=1, le=65536, description="Questions answered at once")
+
+
+class RunConfig(Section):
+    """Everything a run depends on, as the user wrote it."""
+
+    model: Annotated[Text, ModelReference()] = Field(
+        default="bundled", description="The base model: bundled, a folder, a GGUF file or a hub name"
+    )
+    method: Literal["qlora", "lora", "full"] = Field(
+        default="qlora",
+        description="qlora: an adapter on a 4-bit base; lora: on a 16-bit base; full: train every weight",
+    )
+    output: Annotated[Text, OutputFolder()] | None = Field(
+        default=None,
+        description="The run's folder; without it runs/<name>-<timestamp>",
+        examples=["runs/first"],
+    )
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of everything random")
+    data: DataSettings = Field(description="What to learn from, and how it becomes tokens")
+    lora: LoraSettings = Field(default=LoraSettings(), description="The adapter (methods lora and qlora)")
+    train: TrainSettings = Field(default=TrainSettings(), description="How to train")
+    evaluate: EvaluateSettings = Field(
+        default=EvaluateSettings(), description="How the result is judged against the base model"
+    )
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> Self:
+        conflicts = list(_conflicts(self))
+        if conflicts:
+            raise CombinationError(conflicts)
+        return self
+
+
+def _conflicts(config: RunConfig) -> Iterable[Conflict]:
+    """Fields that contradict each other, or that would have no effect."""
+    data, train, evaluate = config.data, config.train, config.evaluate
+    if config.method == "full":
+        for name in sorted(config.lora.model_fields_set):
+            yield Conflict(
+                f"lora.{name}",
+                ("method",),
+                "method full has no adapter; remove this, or take method lora or qlora",
+            )
+    if train.steps is not None and "epochs" in train.model_fields_set:
+        yield Conflict("train.steps", ("train.epochs",), "given together with train.epochs; keep one of them")
+    if train.validate_every_steps is not None and data.validation is None:
+        yield Conflict(
+            "train.validate_every_steps",
+            ("data.validation",),
+            "there is nothing to validate on; give data.validation a file or a share such as 0.05",
+        )
+    if isinstance(data.validation, str) and os.path.realpath(data.validation) in [
+        os.path.realpath(source.path) for source in data.train
+    ]:
+        yield Conflict(
+            "data.validation",
+            ("data.train",),
+            f"{data.validation} is training data too; give another file, or a share such as 0.05 to hold out",
+        )
+    if evaluate.task == "none":
+        for name in ("data", "database"):
+            if getattr(evaluate, name) is not None:
+                yield Conflict(
+                    f"evaluate.{name}",
+                    ("evaluate.task",),
+                    "has no effect with task none; set evaluate.task or remove this",
+                )
+    elif evaluate.data is None and data.validation is None:
+        yield Conflict(
+            "evaluate.task",
+            ("evaluate.data", "data.validation"),
+            f"{evaluate.task} needs questions; give evaluate.data a file, or set data.validation",
+        )
+    if evaluate.task == "sql" and evaluate.database is None:
+        yield Conflict(
+            "evaluate.task",
+            ("evaluate.database",),
+            "sql needs evaluate.database, the SQLite file the answers are run on",
+        )
+    if evaluate.task in ("text", "perplexity") and evaluate.database is not None:
+        yield Conflict(
+            "evaluate.database",
+            ("evaluate.task",),
+            f"only task sql runs on a database, not {evaluate.task}; remove this",
+        )

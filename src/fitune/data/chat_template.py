@@ -1,0 +1,252 @@
+"""A conversation in, the model's own text of it out, and which characters of that are the assistant's.
+
+The mask is derived by construction. With R the render of the tokenizer's chat template:
+
+- A trained turn begins where R(the turns before it, add_generation_prompt=True) ends: what generation is fed.
+  That this is a prefix of the whole render is checked.
+- It ends with the first control token after the answer that the template writes both when the turn is the
+  last one and in the whole conversation. Where the answer ends is found by rendering once more with another
+  answer in its place: all that follows it must be the same to the last character.
+
+No text of the data is ever searched for. Where a check fails the conversation is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fitune.data.control_tokens import ControlTokens
+from fitune.data.conversation import Message
+from fitune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For base models, which have no template of their own.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}"
+    "{% elif message['role'] == 'tool' %}{{ '### Result:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+# Templates that write today's date would make a resumed run differ from an uninterrupted one.
+_FIXED_DATE = {
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%H": "12",
+    "%M": "00",
+    "%S": "00",
+    "%A": "Friday",
+    "%a": "Fri",
+}
+_STAND_INS = ("fituneStandIn7", "fituneOther5")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of the assistant in a render, in characters.
+
+    Attributes:
+        index: which message it is.
+        start: where the generation prompt before it ends; None: the render does not hold that prompt.
+        end: where its end-of-turn token ends (of the answer, where there is no such token).
+        has_end_token: whether the template closes it with a control token.
+        why_not: where `start` is None, the sentence that says so.
+    """
+
+    index: int
+    start: int | None
+    end: int
+    has_end_token: bool
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Render:
+    """A conversation as the template writes it.
+
+    Attributes:
+        text: the render, control tokens of the data broken by `breaker`.
+        turns: the assistant's, in order.
+        breaker: the character inside broken control tokens.
+        control_tokens_in_text: how many control tokens the data held.
+    """
+
+    text: str
+    turns: tuple[Turn, ...]
+    breaker: str
+    control_tokens_in_text: int
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer, or `DEFAULT_TEMPLATE` where it has none.
+
+    Attributes:
+        is_default: whether the tokenizer had no template.
+        source: the template's Jinja text, as rendered (a date it asks for is always 26 July 2024).
+        control_tokens: those of the tokenizer and of the template.
+
+    Raises:
+        InputError: the tokenizer is not a fast one, or has no template and no end token for the default one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        own = getattr(tokenizer, "chat_template", None)
+        if isinstance(own, dict):
+            own = tokenizer.get_chat_template()
+        self.is_default = not own
+        if self.is_default and not tokenizer.eos_token:
+            raise InputError("the tokenizer has neither a chat template nor an end-of-text token; set one of them")
+        self.source = own or _begin_text(tokenizer) + DEFAULT_TEMPLATE
+        if "strftime_now" in self.source:
+            self.source = _fixed_clock() + self.source
+        self.control_tokens = ControlTokens(tokenizer, also=self._delimiters())
+
+    def render(self, messages: Sequence[Message]) -> Render:
+        """The whole conversation, with every turn of the assistant located.
+
+        Raises:
+            InputError: the template refuses the conversation (its own message is quoted), or a check fails.
+        """
+        plain, breaker, count = self._broken(messages)
+        text = self._apply(plain)
+        turns = [self._turn(plain, index, text) for index, message in enumerate(plain) if message.role == "assistant"]
+        return Render(text, tuple(turns), breaker, count)
+
+    def prompt(self, messages: Sequence[Message]) -> Render:
+        """What generation is fed: the turns so far and the generation prompt. `Turn.end` is not located."""
+        plain, breaker, count = self._broken(messages)
+        text = self._apply(plain, generation=True)
+        turns = []
+        for index, message in enumerate(plain):
+            if message.role == "assistant":
+                start, why_not = self._start(plain, index, text)
+                turns.append(Turn(index, start, len(text), False, why_not))
+        return Render(text, tuple(turns), breaker, count)
+
+    def end_of_turn_id(self) -> int | None:
+        """The control token that closes the assistant's turns (None: there is none); generation stops at it."""
+        messages = [Message("user", _STAND_INS[1]), Message("assistant", _STAND_INS[1] + "y")]
+        try:
+            render = self.render(messages)
+        except InputError:
+            return None
+        turn = render.turns[0]
+        start = max((start for start, end in self.control_tokens.spans(render.text) if end == turn.end), default=-1)
+        return self.control_tokens.names.get(render.text[start : turn.end]) if turn.has_end_token else None
+
+    def _broken(self, messages: Sequence[Message]) -> tuple[list[Message], str, int]:
+        contents = [message.content for message in messages]
+        count = sum(map(self.control_tokens.count, contents))
+        breaker = self.control_tokens.breaker_for(contents) if count else ""
+        broken = [self.control_tokens.broken(content, breaker) for content in contents]
+        return (
+            [Message(message.role, text) for message, text in zip(messages, broken, strict=True)],
+            breaker,
+            count,
+        )
+
+    def _apply(self, messages: Sequence[Message], generation: bool = False) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation
+            )
+        except InputError:
+            raise
+        except Exception as error:  # a template may raise anything, its own refusals included
+            roles = ", ".join(message.role for message in messages) or "no turns"
+            raise InputError(
+                f"the chat template refuses this conversation ({roles}): {error or type(error).__name__}"
+            ) from None
+        assert isinstance(text, str)
+        return text
+
+    def _start(self, messages: list[Message], index: int, text: str) -> tuple[int | None, str]:
+        prompt = self._apply(messages[:index], generation=True)
+        if text.startswith(prompt):
+            return len(prompt), ""
+        same = _common_prefix(prompt, text)
+        return None, (
+            f"turn {index + 1}: the chat template asks with {prompt[same:][-60:]!r} but writes "
+            f"{text[same : same + 60]!r} once the answer is there, so training and generation would differ; "
+            "train on the last turn only (train_on: last_assistant), or use another template"
+        )
+
+    def _turn(self, messages: list[Message], index: int, text: str) -> Turn:
+        after = self._after(messages, index)
+        answer_end = len(text) - len(after)
+        start, why_not = self._start(messages, index, text)
+        if not text.endswith(after) or (start is not None and start > answer_end):
+            raise InputError(
+                f"turn {index + 1}: the chat template changes the text after an answer with the answer's "
+                "content, so what belongs to the assistant cannot be known for certain"
+            )
+        after_as_last = after if index + 1 == len(messages) else self._after(messages[: index + 1], index)
+        shared = after[: _common_prefix(after, after_as_last)]
+        # What the two share may break off inside a longer control token: it must be one in the whole, too.
+        whole = set(self.control_tokens.spans(after))
+        ends = [end for start_end in self.control_tokens.spans(shared) if start_end in whole for end in start_end[1:]]
+        return Turn(index, start, answer_end + (ends[0] if ends else 0), bool(ends), why_not)
+
+    def _after(self, messages: list[Message], index: int) -> str:
+        """The render after the text of turn `index`, found by rendering with a stand-in for that text."""
+        stand_in = _STAND_INS[0]
+        while any(stand_in in message.content for message in messages):
+            stand_in += "x"
+        changed = self._apply([*messages[:index], Message("assistant", stand_in), *messages[index + 1 :]])
+        if changed.count(stand_in) != 1:
+            raise InputError(
+                f"turn {index + 1}: the chat template writes the assistant's text {changed.count(stand_in)} "
+                "times; exactly once is needed to know what to train on"
+            )
+        return changed.partition(stand_in)[2]
+
+    def _delimiters(self) -> set[str]:
+        """Added tokens that the template writes around turns, whether or not they are marked special."""
+        added = sorted(
+            (token.content for token in self._tokenizer.added_tokens_decoder.values()), key=len, reverse=True
+        )
+        if not added:
+            return set()
+        matcher = re.compile("|".join(map(re.escape, added)))
+        try:
+            question = [Message("user", _STAND_INS[0])]
+            asked = self._apply(question)
+            answered = self._apply([*question, Message("assistant", _STAND_INS[1])])
+        except InputError:
+            return set()  # a template with other roles: the tokens marked special are all that is known
+        ends = matcher.search(answered.rpartition(_STAND_INS[1])[2])
+        return set(matcher.findall(asked)) | ({ends.group()} if ends else set())
+
+
+def _begin_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Jinja that writes the begin-of-text token, for a tokenizer that begins every text with it."""
+    bos = tokenizer.bos_token_id
+    return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ""
+
+
+def _fixed_clock() -> str:
+    replaced = "".join(f".replace('{directive}', '{value}')" for directive, value in _FIXED_DATE.items())
+    return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro -%}"
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """How many characters the two begin with alike."""
+    if other.startswith(one):
+        return len(one)
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return min(len(one), len(other))

@@ -1,0 +1,295 @@
+"""The run file's `data` section in, encoded training and validation samples and a report out; fails closed."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fitune.data.conversation import Sample
+from fitune.data.encoding import EncodedSample, Encoder, TrainOn, encoder_for
+from fitune.data.length import OverLength, fit_length
+from fitune.data.reading import read_with_format
+from fitune.data.report import (
+    SHOWN_SAMPLES,
+    DataReport,
+    Problem,
+    SourceFile,
+    length_histogram,
+    problem_at,
+    view_of,
+)
+from fitune.data.sources import SHOWN_PROBLEMS
+from fitune.data.split import content_key, split_share
+from fitune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# More samples than this share without a single trained token mean that the data is not what it is taken for.
+NOTHING_TO_TRAIN_SHARE = 0.01
+
+
+class SourceSettings(Protocol):
+    """One entry of `data.train`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+    @property
+    def weight(self) -> float: ...
+
+
+class DataSettings(Protocol):
+    """The run file's `data` section."""
+
+    @property
+    def train(self) -> Sequence[SourceSettings]: ...
+    @property
+    def validation(self) -> str | float | None: ...
+    @property
+    def system(self) -> str | None: ...
+    @property
+    def train_on(self) -> TrainOn: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def over_length(self) -> OverLength: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        train: the samples of one epoch, weights applied (a sample of weight 2 is there twice), in file order.
+        validation: those held out; empty if the run asks for none.
+        report: what was read and what was done to it.
+    """
+
+    train: list[EncodedSample]
+    validation: list[EncodedSample]
+    report: DataReport
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What was found while encoding."""
+
+    kept: list[EncodedSample] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    samples: int = 0
+    cut: int = 0
+    dropped: int = 0
+    empty: int = 0
+    nothing_to_train: int = 0
+    without_end_token: int = 0
+
+
+def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TrainingData:
+    """Reads every file, encodes every sample, applies the length policy and splits off the validation set.
+
+    The same files, settings, tokenizer and seed give the same samples in the same order.
+
+    Raises:
+        InputError: a file or sample cannot be used (all of them are named, up to a limit and then counted);
+            nothing is left to train on; more than `NOTHING_TO_TRAIN_SHARE` of the samples have no trained
+            token; a trained answer has no end-of-turn token; or the validation set is the training set.
+    """
+    encoder = encoder_for(tokenizer)
+    validation_path = data.validation if isinstance(data.validation, str) else None
+    _refuse_same_file(data.train, validation_path)
+    read, files = _read(data.train, validation_path)
+    tally = _encode_all(read[: len(data.train)], [source.weight for source in data.train], encoder, data)
+    _refuse_untrainable(tally)
+    keys = [content_key(sample) for sample in tally.kept]
+    duplicates = _note_duplicates(tally, keys)
+    kept, leaked = tally.kept, 0
+    held_out: list[EncodedSample] = []
+    chosen = list(range(len(kept)))
+    if validation_path is not None:
+        checked = _encode_all(read[len(data.train) :], [1.0], encoder, data)
+        _refuse_untrainable(checked, "validation")
+        held_out = checked.kept
+        leaked = _note_leaks(held_out, set(keys), tally.problems, validation_path)
+        tally.problems += checked.problems
+    elif isinstance(data.validation, float):
+        chosen, places = split_share(keys, data.validation, seed)
+        held_out = [kept[place] for place in places]
+    train = list(_weighted([kept[place] for place in chosen], [tally.weights[place] for place in chosen], seed))
+    if not train:
+        raise InputError("data.train: the weights leave no sample; raise one of them")
+    report = DataReport(
+        files=tuple(files),
+        samples=tally.samples,
+        tokens=sum(map(len, kept)),
+        trained_tokens=sum(sample.trained_tokens for sample in kept),
+        train_samples=len(train),
+        validation_samples=len(held_out),
+        cut=tally.cut,
+        dropped=tally.dropped,
+        empty=tally.empty,
+        duplicates=duplicates,
+        leaked=leaked,
+        without_end_token=tally.without_end_token,
+        nothing_to_train=tally.nothing_to_train,
+        control_tokens_in_text=sum(sample.control_tokens_in_text for sample in kept),
+        lost_characters=sum(sample.lost_characters for sample in kept),
+        row_tokens=data.max_tokens,
+        longest_tokens=max(map(len, kept)),
+        lengths=length_histogram([len(sample) for sample in kept]),
+        has_default_template=encoder.template.is_default,
+        problems=tuple(tally.problems),
+        views=tuple(view_of(sample, tokenizer) for sample in kept[:SHOWN_SAMPLES]),
+    )
+    return TrainingData(train, held_out, report)
+
+
+def _refuse_same_file(sources: Sequence[SourceSettings], validation: str | None) -> None:
+    if validation is None:
+        return
+    for number, source in enumerate(sources):
+        if Path(source.path).resolve() == Path(validation).resolve():
+            raise InputError(
+                f"data.validation is the same file as data.train[{number}]; hold out a share of it instead, "
+                "such as 0.05",
+                where=validation,
+            )
+
+
+def _read(sources: Sequence[SourceSettings], validation: str | None) -> tuple[list[list[Sample]], list[SourceFile]]:
+    wanted = [(source.path, source.format, source.columns) for source in sources]
+    if validation is not None:
+        # A validation file is written like the training files; only its columns may need the same names.
+        like = sources[0] if len({(s.format, tuple(s.columns.items())) for s in sources}) == 1 else None
+        wanted.append((validation, like.format if like else "auto", like.columns if like else {}))
+    read: list[list[Sample]] = []
+    files: list[SourceFile] = []
+    errors: list[InputError] = []
+    for path, format, columns in wanted:
+        try:
+            samples, name = read_with_format(path, format, columns)
+        except InputError as error:
+            errors.append(error)
+            continue
+        read.append(samples)
+        files.append(SourceFile(str(path), name, len(samples)))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputError([f"{error.where}: {problem}" for error in errors for problem in error.problems])
+    return read, files
+
+
+def _encode_all(
+    groups: Sequence[Sequence[Sample]], weights: Sequence[float], encoder: Encoder, data: DataSettings
+) -> _Tally:
+    tally = _Tally()
+    refused: list[str] = []
+    for samples, weight in zip(groups, weights, strict=True):
+        for sample in samples:
+            tally.samples += 1
+            try:
+                fitted = fit_length(sample, encoder, data.max_tokens, data.over_length, data.train_on, data.system)
+            except InputError as error:
+                refused.append(str(error))
+                continue
+            if fitted.note:
+                tally.problems.append(problem_at(sample.origin, fitted.note))
+            if fitted.encoded is None:
+                tally.dropped += 1
+                continue
+            tally.cut += fitted.encoded.is_cut
+            if not fitted.encoded.trained_tokens:
+                tally.nothing_to_train += 1
+                tally.problems.append(problem_at(sample.origin, "no token of it would be trained; left out"))
+                continue
+            if fitted.encoded.lost_characters:
+                tally.problems.append(
+                    problem_at(
+                        sample.origin,
+                        f"{fitted.encoded.lost_characters} characters that the tokenizer's vocabulary lacks are lost",
+                    )
+                )
+            if fitted.encoded.without_end_token:
+                tally.without_end_token += 1
+                tally.problems.append(problem_at(sample.origin, "an answer has no trained end-of-turn token"))
+            if any(message.role == "assistant" and not message.content.strip() for message in sample.messages):
+                tally.empty += 1
+                tally.problems.append(problem_at(sample.origin, "an answer is empty"))
+            tally.kept.append(fitted.encoded)
+            tally.weights.append(weight)
+    if refused:
+        more = len(refused) - SHOWN_PROBLEMS
+        raise InputError(
+            [*refused[:SHOWN_PROBLEMS], *([f"and {more} more samples"] if more > 0 else [])], where="data"
+        )
+    return tally
+
+
+def _refuse_untrainable(tally: _Tally, name: str = "train") -> None:
+    where = f"data.{name}"
+    if tally.nothing_to_train > NOTHING_TO_TRAIN_SHARE * tally.samples or not tally.kept:
+        listed = [
+            f"{problem.file} line {problem.line}: {problem.message}" for problem in tally.problems[:SHOWN_PROBLEMS]
+        ]
+        raise InputError(
+            [
+                f"{tally.nothing_to_train} of {tally.samples} samples have no token to train and {tally.dropped} "
+                f"were dropped for their length; {len(tally.kept)} are left "
+                f"(at most {NOTHING_TO_TRAIN_SHARE:.0%} may have nothing to train): "
+                "check `train_on`, `weight` and the roles of the turns, and `max_tokens`",
+                *listed,
+            ],
+            where=where,
+        )
+    if tally.without_end_token:
+        raise InputError(
+            f"in {tally.without_end_token} of {tally.samples} samples a trained answer has no end-of-turn token, "
+            "so the model would not learn to stop: the chat template writes no control token after the answer "
+            "in every turn; use another template, or train_on: last_assistant",
+            where=where,
+        )
+
+
+def _note_duplicates(tally: _Tally, keys: Sequence[bytes]) -> int:
+    first: dict[bytes, EncodedSample] = {}
+    count = 0
+    for sample, key in zip(tally.kept, keys, strict=True):
+        if key in first:
+            count += 1
+            tally.problems.append(problem_at(sample.origin, f"the same sample as {first[key].origin}"))
+        else:
+            first[key] = sample
+    return count
+
+
+def _note_leaks(held_out: Sequence[EncodedSample], train: set[bytes], problems: list[Problem], path: str) -> int:
+    leaked = [sample for sample in held_out if content_key(sample) in train]
+    if len(leaked) == len(held_out):
+        raise InputError(
+            "every validation sample is also a training sample, so validation would measure memory only; "
+            "hold out a share of the training data instead, such as 0.05",
+            where=path,
+        )
+    problems += [problem_at(sample.origin, "a validation sample that is also trained on") for sample in leaked]
+    return len(leaked)
+
+
+def _weighted(samples: Sequence[EncodedSample], weights: Sequence[float], seed: int) -> Iterator[EncodedSample]:
+    """Each sample as often as its weight says; of a fractional part the exact share is drawn by the seed."""
+    chance = random.Random(f"weights with seed {seed}")
+    extra: set[int] = set()
+    for weight in sorted(set(weights)):
+        places = [place for place, own in enumerate(weights) if own == weight]
+        extra.update(chance.sample(places, round((weight - math.floor(weight)) * len(places))))
+    for place, sample in enumerate(samples):
+        for _ in range(math.floor(weights[place]) + (place in extra)):
+            yield sample

@@ -1,0 +1,217 @@
+"""What the data is made of and what was done to it: numbers, problems with file and line, and a view of the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fitune.data.conversation import Origin
+from fitune.data.encoding import EncodedSample
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_PROBLEMS = 20
+SHOWN_SAMPLES = 2
+# A view is for eyes: longer runs of one kind are shown by their ends.
+_SHOWN_CHARACTERS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file that was read: its path, the format its records have, and how many there are."""
+
+    path: str
+    format: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something about one sample that its owner should know; `file` and `line` say which one."""
+
+    file: str
+    line: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of tokens with one flag, as text."""
+
+    text: str
+    is_trained: bool
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleView:
+    """One sample as the model sees it, cut into trained and untrained runs."""
+
+    origin: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """Facts about one set of training data. Counts are of samples where nothing else is said.
+
+    Attributes:
+        files: what was read, training files first.
+        samples: read from the training files.
+        tokens: of those kept, the share held out for validation included; weights do not count.
+        trained_tokens: of these, the ones whose log-probability counts.
+        train_samples: in one epoch, weights applied.
+        validation_samples: held out, or read from the validation file.
+        cut: shortened by the over-length policy.
+        dropped: left out by the over-length policy.
+        empty: with an answer that is empty; they are kept.
+        duplicates: equal to an earlier one; they are kept, and never on both sides of a split.
+        leaked: validation samples that are also training samples.
+        without_end_token: with a trained answer whose end-of-turn token is not trained, cut ones aside.
+        nothing_to_train: without a trained token; left out.
+        control_tokens_in_text: control tokens that the data itself held, encoded as plain text.
+        lost_characters: characters that the tokenizer's vocabulary cannot write.
+        row_tokens: the longest a sample may be.
+        longest_tokens: the longest sample kept.
+        lengths: (at most so many tokens, samples) in ascending order.
+        has_default_template: whether the tokenizer had no chat template and the default one was used.
+        problems: everything that was found, with file and line.
+        views: the first samples with their mask.
+    """
+
+    files: tuple[SourceFile, ...]
+    samples: int
+    tokens: int
+    trained_tokens: int
+    train_samples: int
+    validation_samples: int
+    cut: int
+    dropped: int
+    empty: int
+    duplicates: int
+    leaked: int
+    without_end_token: int
+    nothing_to_train: int
+    control_tokens_in_text: int
+    lost_characters: int
+    row_tokens: int
+    longest_tokens: int
+    lengths: tuple[tuple[int, int], ...]
+    has_default_template: bool
+    problems: tuple[Problem, ...]
+    views: tuple[SampleView, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON-able values, under the names above."""
+        return asdict(self)
+
+    def as_rich(self) -> Group:
+        """The report for a terminal. Trained tokens are green, and between ⟦ and ⟧ where there is no colour."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        facts = Table.grid(padding=(0, 2))
+        for name, value in self._facts():
+            facts.add_row(Text(name), Text(value))
+        parts: list[Any] = [facts, Text(), Text("lengths in tokens")]
+        most = max((count for _, count in self.lengths), default=1)
+        for upper, count in self.lengths:
+            parts.append(Text(f"  up to {upper:>7,}  {count:>8,}  {'█' * round(30 * count / most)}"))
+        if self.problems:
+            parts += [Text(), Text(f"{len(self.problems)} things to know", style="yellow")]
+            parts += [
+                Text(f"  {item.file} line {item.line}: {item.message}") for item in self.problems[:SHOWN_PROBLEMS]
+            ]
+            if len(self.problems) > SHOWN_PROBLEMS:
+                parts.append(Text(f"  and {len(self.problems) - SHOWN_PROBLEMS} more"))
+        for view in self.views:
+            parts += [
+                Text(),
+                Text(f"{view.origin}: ⟦trained⟧ and not trained", style="bold"),
+                _coloured(view),
+            ]
+        return Group(*parts)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        share = 100 * self.trained_tokens / self.tokens if self.tokens else 0.0
+        facts = [(f"{file.path}", f"{file.samples:,} samples, format {file.format}") for file in self.files]
+        facts += [
+            (
+                "samples",
+                f"{self.samples:,} read; {self.train_samples:,} train, {self.validation_samples:,} validation",
+            ),
+            ("tokens", f"{self.tokens:,}, of which {self.trained_tokens:,} trained ({share:.1f} %)"),
+            ("longest sample", f"{self.longest_tokens:,} tokens; a row holds {self.row_tokens:,}"),
+        ]
+        if self.has_default_template:
+            facts.append(("chat template", "the model has none; the default one (### Instruction:) is used"))
+        counts = {
+            "cut": self.cut,
+            "dropped": self.dropped,
+            "empty answers": self.empty,
+            "duplicates": self.duplicates,
+            "in validation and training": self.leaked,
+            "without end-of-turn token": self.without_end_token,
+            "nothing to train": self.nothing_to_train,
+            "control tokens in the data": self.control_tokens_in_text,
+            "characters lost by the tokenizer": self.lost_characters,
+        }
+        return [*facts, *((name, f"{count:,}") for name, count in counts.items())]
+
+
+def length_histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Lengths in tokens -> (upper bound, how many), in powers of two, without empty ends."""
+    counts: dict[int, int] = {}
+    for length in lengths:
+        upper = 1 << max(4, (length - 1).bit_length())
+        counts[upper] = counts.get(upper, 0) + 1
+    if not counts:
+        return ()
+    uppers = [1 << power for power in range(min(counts).bit_length() - 1, max(counts).bit_length())]
+    return tuple((upper, counts.get(upper, 0)) for upper in uppers)
+
+
+def view_of(sample: EncodedSample, tokenizer: PreTrainedTokenizerBase) -> SampleView:
+    """One encoded sample as text, cut where the trained flag changes."""
+    pieces = []
+    start = 0
+    for end in range(1, len(sample) + 1):
+        if end == len(sample) or sample.trained[end] != sample.trained[start]:
+            text = tokenizer.decode(
+                list(sample.tokens[start:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            pieces.append(Piece(text, sample.trained[start], end - start))
+            start = end
+    return SampleView(_place(sample.origin), tuple(pieces))
+
+
+def problem_at(origin: Origin | None, message: str) -> Problem:
+    """A problem of the sample at `origin`."""
+    return Problem(origin.path, origin.line, message) if origin else Problem("(no file)", 0, message)
+
+
+def _place(origin: Origin | None) -> str:
+    return str(origin) if origin else "(no file)"
+
+
+def _coloured(view: SampleView) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for piece in view.pieces:
+        shown = piece.text
+        if len(shown) > _SHOWN_CHARACTERS:
+            half = _SHOWN_CHARACTERS // 2
+            shown = f"{shown[:half]} ... {len(shown) - 2 * half} characters ... {shown[-half:]}"
+        # Control characters would act on the terminal; they are shown as pictures.
+        shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in shown)
+        if piece.is_trained:
+            text.append(f"⟦{shown}⟧", style="bold green")
+        else:
+            text.append(shown, style="dim")
+    return text

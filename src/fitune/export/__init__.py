@@ -1,0 +1,1 @@
+"""Handing a trained model over in the formats other tools read."""

@@ -1,0 +1,198 @@
+"""What a PEFT LoRA adapter adds to each weight of its base: scaling * B @ A, in float32."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fitune.errors import InputError
+from fitune.models.source import ModelSource
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
+
+_PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Fields that say how the adapter was made or placed, not what it computes: the tensors carry the outcome.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_dropout", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_COVERED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"}
+_BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapted module: A [R, in], B [out, R] and the factor on their product."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scaling: float
+    is_transposed: bool
+
+    def delta(self) -> torch.Tensor:
+        """scaling * B @ A in float32, shaped like the base's weight."""
+        product = (self.up.float() @ self.down.float()) * self.scaling
+        return product.T if self.is_transposed else product
+
+
+def read_adapter(folder: Path, source: ModelSource, allow_other_base: bool = False) -> dict[str, LoraPair]:
+    """Adapter folder -> weight name in the base -> pair.
+
+    Raises InputError, with all problems at once, for an adapter of another base, of a kind that is not plain
+    LoRA or rsLoRA, or with a tensor that has no place or another shape.
+    """
+    config = _read_json(folder / CONFIG)
+    problems = _uncovered(config)
+    if not allow_other_base:
+        problems += _other_base(folder, config, source)
+    if problems:
+        raise InputError(problems, where=folder)
+    tensors = _read_tensors(folder / WEIGHTS)
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        matched = _PAIR.fullmatch(key)
+        if matched is None:
+            problems.append(f"tensor {key} is no part of a LoRA pair on a weight matrix")
+        else:
+            sides.setdefault(matched["module"], {})[matched["side"]] = tensor
+    names = set(source.tensor_names())
+    pairs: dict[str, LoraPair] = {}
+    for module, found in sides.items():
+        problem = _check_pair(module, found, config, source, names)
+        if problem is None:
+            pairs[f"{module}.weight"] = LoraPair(
+                found["A"], found["B"], _scaling(module, config), bool(config.get("fan_in_fan_out"))
+            )
+        else:
+            problems.append(problem)
+    if not sides and not problems:
+        problems.append(f"{WEIGHTS} holds no LoRA tensors")
+    if problems:
+        more = [f"and {len(problems) - 10} more problems"] if len(problems) > 10 else []
+        raise InputError([*problems[:10], *more], where=folder)
+    return pairs
+
+
+def _check_pair(
+    module: str, found: dict[str, torch.Tensor], config: dict[str, Any], source: ModelSource, names: set[str]
+) -> str | None:
+    if set(found) != {"A", "B"}:
+        return f"{module}: lora_{next(iter(found))} is there without its partner"
+    weight = f"{module}.weight"
+    if weight not in names:
+        is_tied_head = module == "lm_head" and getattr(source.config, "tie_word_embeddings", False)
+        reason = " (the head is tied to the embeddings; merging would change both)" if is_tied_head else ""
+        return f"{module}: the base has no tensor {weight}{reason}"
+    down, up = found["A"], found["B"]
+    rank = _of_pattern("rank_pattern", module, config, config.get("r"))
+    stored = source.shape(weight)
+    wanted = stored[::-1] if config.get("fan_in_fan_out") else stored
+    if down.ndim != 2 or up.ndim != 2 or len(stored) != 2:
+        return f"{module}: only LoRA on two-dimensional weights is merged"
+    if down.shape[0] != rank or up.shape[1] != rank or (up.shape[0], down.shape[1]) != tuple(wanted):
+        return (
+            f"{module}: B {tuple(up.shape)} @ A {tuple(down.shape)} of rank {rank} does not fit a weight of "
+            f"{tuple(stored)}"
+        )
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        return f"{module}: the adapter holds values that are not finite"
+    return None
+
+
+def _scaling(module: str, config: dict[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+    rank = _of_pattern("rank_pattern", module, config, config.get("r"))
+    alpha = _of_pattern("alpha_pattern", module, config, config.get("lora_alpha"))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_pattern(field: str, module: str, config: dict[str, Any], default: Any) -> Any:
+    """PEFT's rule: a key is a pattern for the end of the module's path, from a dot on; first fit wins."""
+    for pattern, value in (config.get(field) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _uncovered(config: dict[str, Any]) -> list[str]:
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"{CONFIG}: peft_type is {config.get('peft_type')!r}; LORA is merged")
+    if config.get("bias", "none") != "none":
+        problems.append(f"{CONFIG}: trained biases (bias: {config['bias']}) are not merged")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING_STARTS):
+        problems.append(f"{CONFIG}: init_lora_weights {start!r} changed the base before training; merge with PEFT")
+    for field in ("r", "lora_alpha"):
+        if (
+            not isinstance(config.get(field), int | float)
+            or isinstance(config.get(field), bool)
+            or config[field] <= 0
+        ):
+            problems.append(f"{CONFIG}: {field} must be a positive number, found {config.get(field)!r}")
+    problems += [
+        f"{CONFIG}: {field} is {value!r}, which is not merged here"
+        for field, value in config.items()
+        if value and field not in _HARMLESS | _COVERED
+    ]
+    return problems
+
+
+def _other_base(folder: Path, config: dict[str, Any], source: ModelSource) -> list[str]:
+    """Why this adapter belongs to another base; a fingerprint stored beside it decides."""
+    way_out = "give the base it was trained on"
+    if (folder / BASE).is_file():
+        written = _read_json(folder / BASE)
+        if written.get("fingerprint") == source.fingerprint():
+            return []
+        return [
+            f"{BASE}: trained on {written.get('reference')!r} with fingerprint {written.get('fingerprint')}, "
+            f"but {source.reference!r} has {source.fingerprint()}: another model, or its files changed; "
+            f"{way_out}"
+        ]
+    name = config.get("base_model_name_or_path")
+    if not name or _is_same_model(str(name), source):
+        return []
+    return [f"{CONFIG}: its base is {name!r}, not {source.reference!r}; {way_out}"]
+
+
+def _is_same_model(name: str, source: ModelSource) -> bool:
+    """By the same words, the same place, or the same last part (a hub name and a folder called after it)."""
+    if name == source.reference or Path(name).resolve() == Path(source.reference).resolve():
+        return True
+    return Path(name).name.lower() == Path(source.reference.partition("@")[0]).name.lower()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.name} is missing: not a PEFT adapter folder", where=path.parent) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.name} cannot be read: {error}", where=path.parent) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path.name} is not a JSON object", where=path.parent)
+    return found
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin").is_file()
+        hint = " (adapter_model.bin is pickled and can run code: save the adapter as safetensors)" if pickled else ""
+        raise InputError(f"{path.name} is missing{hint}", where=path.parent)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path.name} is cut short or damaged: {error}", where=path.parent) from error

@@ -1,0 +1,195 @@
+"""An adapter merged into its 16-bit base: written tensor by tensor, proven before it counts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fitune.errors import DiskFullError, FituneError, InputError
+from fitune.export.adapter_delta import LoraPair, read_adapter
+from fitune.export.shards import TensorPlan, plan_shards, write_shards
+from fitune.export.verify import Comparison, compare_with_adapter
+from fitune.models.folder import TOKENIZER_FILES
+from fitune.models.source import ModelSource
+
+# Tokenizer and configuration files beside the weights, with room to spare.
+_COMPANION_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written.
+
+    Attributes:
+        output: the checkpoint folder.
+        files: its weight files.
+        weight_bytes: their size without headers.
+        tensors, merged_tensors: how many were written, and how many of them the adapter changed.
+        tokenizer_from: `adapter` where its folder carries a tokenizer, else `base`.
+        comparison: the logits of the written folder against base + adapter.
+        note: the base's own note.
+    """
+
+    output: Path
+    files: list[Path]
+    weight_bytes: int
+    tensors: int
+    merged_tensors: int
+    tokenizer_from: str
+    comparison: Comparison
+    note: str | None
+
+
+def merge_adapter(
+    source: ModelSource,
+    adapter_folder: Path,
+    output: Path,
+    *,
+    max_shard_bytes: int = 4_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+    allow_other_base: bool = False,
+) -> MergeReport:
+    """Writes base + adapter as a Hugging Face checkpoint in the base's own dtype.
+
+    Each adapted weight is W + scaling * B @ A in float32, cast once. The folder is written beside `output`,
+    loaded anew, compared with base + adapter through PEFT, and only then takes its name: where anything
+    fails, nothing is left and what stood at `output` before still stands.
+
+    Args:
+        progress: told the bytes done and the bytes in all.
+        overwrite: replace an `output` that is not empty.
+        allow_other_base: merge although the adapter names another base (its tensors must still fit).
+
+    Raises:
+        InputError: the adapter or the output cannot be used.
+        DiskFullError: there is no room.
+        FituneError: the written model does not compute what base + adapter compute.
+    """
+    if max_shard_bytes <= 0:
+        raise InputError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
+    _check_output(output, overwrite)
+    pairs = read_adapter(adapter_folder, source, allow_other_base)
+    plans = [TensorPlan(name, source.shape(name), source.dtype(name)) for name in source.tensor_names()]
+    weight_bytes = sum(plan.size_bytes for plan in plans)
+    _check_disk(output, weight_bytes)
+
+    left = set(pairs)
+
+    def read(name: str) -> torch.Tensor:
+        left.discard(name)
+        return _merged(source.read(name), pairs.get(name))
+
+    with _new_folder(output, overwrite) as folder:
+        paths = write_shards(folder, plan_shards(plans, max_shard_bytes), read, progress)
+        if left:
+            raise FituneError(f"{len(left)} adapter tensors were not merged, e.g. {min(left)}")
+        source.write_companions(folder)
+        tokenizer_from = "adapter" if _copy_tokenizer(adapter_folder, folder) else "base"
+        comparison = compare_with_adapter(folder, source, adapter_folder, tokenizer_from == "base")
+        if not comparison.is_equal:
+            raise FituneError(
+                "the merged model does not compute what base + adapter compute: its logits differ by "
+                f"{comparison.rounding_error:.2e} (allowed {comparison.rounding_tolerance:.1e}), and "
+                f"from PEFT's own merge by {comparison.merge_error:.2e} (allowed "
+                f"{comparison.merge_tolerance:.1e}); the output was removed"
+            )
+    return MergeReport(
+        output=output,
+        files=[output / path.name for path in paths],
+        weight_bytes=weight_bytes,
+        tensors=len(plans),
+        merged_tensors=len(pairs),
+        tokenizer_from=tokenizer_from,
+        comparison=comparison,
+        note=source.note,
+    )
+
+
+def _merged(weight: torch.Tensor, pair: LoraPair | None) -> torch.Tensor:
+    return weight if pair is None else (weight.float() + pair.delta()).to(weight.dtype)
+
+
+def _copy_tokenizer(adapter_folder: Path, folder: Path) -> bool:
+    """A tokenizer saved with the adapter is the one it was trained with, chat template included: it wins."""
+    found = [adapter_folder / name for name in TOKENIZER_FILES if (adapter_folder / name).is_file()]
+    if not any(path.name == "tokenizer_config.json" for path in found):
+        return False
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    return True
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise InputError("not a folder: give a new folder's name", where=output)
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError("is not empty; give another folder, or ask for overwriting", where=output)
+
+
+def _check_disk(output: Path, weight_bytes: int) -> None:
+    existing = output.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    needed = weight_bytes + _COMPANION_BYTES
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFullError(f"{output}: the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+
+
+@contextmanager
+def _new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when the block ends well, and vanishes otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.iterdir():
+            _to_disk(path)
+        _to_disk(partial)
+        _take_name(partial, output, overwrite)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{output}: the disk ran full; nothing was left behind") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _to_disk(output.parent)
+
+
+def _take_name(partial: Path, output: Path, overwrite: bool) -> None:
+    if not output.exists():
+        partial.rename(output)
+        return
+    if not overwrite:
+        # Only an empty folder may stand here; rmdir refuses any other.
+        output.rmdir()
+        partial.rename(output)
+        return
+    old = output.parent / f".{output.name}.{os.getpid()}.old"
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

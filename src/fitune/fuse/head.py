@@ -1,0 +1,79 @@
+"""The output head and the log-probability of each target token, without ever holding all logits.
+
+Rows are taken a chunk at a time: logits [chunk, V], log-probabilities, and at once the gradient of each row's
+log-probability with respect to its hidden state. What the loss makes of the log-probabilities (cross-entropy,
+preference objectives, weights) only scales those rows in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitune.kernels import contract
+
+# Rows whose logits exist at one time: 128 x 152k x 2 bytes is 39 MB for the largest vocabularies, and enough rows
+# to keep a matrix product at full speed.
+CHUNK_TOKENS = 128
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str
+) -> Tensor:
+    """hidden [N, C], head weight [V, C], targets [N] -> log p(target | hidden) [N], float32, differentiable."""
+    out: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, backend)
+    return out
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str
+    ) -> Tensor:
+        frozen = not any(ctx.needs_input_grad[1:3])
+        matrix = weight.detach().to(hidden.dtype)
+        offset = None if bias is None else bias.detach().to(hidden.dtype)
+        logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        wanted = ctx.needs_input_grad[0] and frozen
+        slope = torch.empty_like(hidden) if wanted else None
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            logits = _logits(hidden[rows], matrix, offset)
+            logprob[rows] = contract.token_logprob_(logits, targets[rows], wanted, backend)
+            if slope is not None:
+                torch.mm(logits, matrix, out=slope[rows])
+        ctx.backend, ctx.frozen = backend, frozen
+        if frozen:
+            ctx.save_for_backward(slope)
+        else:  # the head learns: its gradient needs the loss's own scale, so the logits are made again
+            ctx.save_for_backward(hidden, weight, bias, targets)
+        return logprob
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprob: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.frozen:
+            (slope,) = ctx.saved_tensors
+            return slope * grad_logprob.unsqueeze(1).to(slope.dtype), None, None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        matrix = weight.detach().to(hidden.dtype)
+        offset = None if bias is None else bias.detach().to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            logits = _logits(hidden[rows], matrix, offset)
+            contract.token_logprob_(logits, targets[rows], True, ctx.backend)
+            logits *= grad_logprob[rows].unsqueeze(1).to(logits.dtype)
+            torch.mm(logits, matrix, out=grad_hidden[rows])
+            grad_weight += torch.mm(logits.t(), hidden[rows])
+            if grad_bias is not None:
+                grad_bias += logits.float().sum(0)
+        bias_grad = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), bias_grad, None, None

@@ -1,0 +1,83 @@
+"""PEFT's LoRA layer with a fused forward and backward pass.
+
+It stays a PEFT layer in everything else (names, saving, merging, several adapters); what the fused pass does not
+cover goes through PEFT's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from fitune.fuse.lora_product import LoraProduct
+
+# LoRA variants change the formula; PEFT's own layers handle them.
+_VARIANTS = (
+    "use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config",
+    "mica", "kasa_config", "lora_bias", "fan_in_fan_out",
+)  # fmt: skip
+
+
+class FusedLoraLinear(PeftLinear):
+    """y = x W^T + b + s (x A^T) B^T as one autograd node that saves x and x A^T only."""
+
+    def adapter_in_use(self) -> str | None:
+        """The adapter the fused pass can compute with now; None: none, or something it does not cover."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if (
+            self.disable_adapters
+            or self.merged
+            or len(active) != 1
+            or self.lora_variant.get(active[0]) is not None
+        ):
+            return None
+        dropout = self.lora_dropout[active[0]]
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training:
+            return None
+        return str(active[0])
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """A [R, K], B [N, R] and the scaling of an adapter."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight, float(self.scaling[adapter])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        adapter = self.adapter_in_use()
+        if adapter is None or args or kwargs:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        a, b, scaling = self.factors(adapter)
+        out: Tensor = _LoraLinear.apply(x, self.get_base_layer(), a, b, scaling)
+        return out
+
+
+def fused_lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+    """The factory for PEFT's custom-module hook: a FusedLoraLinear, or None for a variant it does not cover."""
+    if any(getattr(config, name, None) for name in _VARIANTS) or config.init_lora_weights is not True:
+        return None
+    if not isinstance(target, nn.Linear):
+        return None
+    return FusedLoraLinear(target, adapter_name, config=config, **kwargs)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        product = LoraProduct.of(base, a, b, scaling, x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        y, u = product.forward(flat)
+        ctx.product = product
+        ctx.save_for_backward(flat, u)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+        x, u = ctx.saved_tensors
+        product: LoraProduct = ctx.product
+        grad = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_x, v = product.grad_input(grad)
+        grad_a, grad_b = product.grad_adapter(grad, x, u, v)
+        return grad_x.view(*grad_out.shape[:-1], -1), None, grad_a, grad_b, None

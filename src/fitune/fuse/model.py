@@ -1,0 +1,113 @@
+"""A model ready for training or scoring: its fused parts, and the log-probabilities of a batch's targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fitune.data.batch import Batch
+from fitune.fuse.head import token_logprobs
+from fitune.fuse.prove import TOLERANCE
+from fitune.fuse.replace import FusionReport, fuse
+
+PROOF_TOKENS = 8
+
+
+@dataclass
+class FusedModel:
+    """What a step needs of a model.
+
+    Attributes:
+        graph: the transformers model, adapters injected and parts replaced.
+        adapted: PEFT's view of it; None without an adapter.
+        dtype: of the computation.
+        backend: which kernels run.
+        report: what was replaced, what was left and why.
+    """
+
+    graph: PreTrainedModel
+    adapted: PeftModel | None
+    dtype: torch.dtype
+    backend: str
+    report: FusionReport
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that learn, in a fixed order."""
+        return [parameter for parameter in self.graph.parameters() if parameter.requires_grad]
+
+    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets of non-zero weight [n] (float32, differentiable), and their weights [n].
+
+        Only those positions go through the output head.
+        """
+        chosen = batch.weights.reshape(-1).nonzero().squeeze(1)
+        logprobs = self.logprobs_at(batch.tokens, batch.positions, tuple(batch.bounds.tolist()), chosen)
+        return logprobs, batch.weights.reshape(-1)[chosen]
+
+    def logprobs_at(
+        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], chosen: Tensor
+    ) -> Tensor:
+        """Log-probabilities [n] of the tokens at the places `chosen` [n] of the flattened rows [B, T]."""
+        targets = tokens.reshape(-1)[chosen]
+        # The hidden state that predicts a token is the one before it; a document's first token has no weight.
+        before = chosen - 1
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        if "attention" in self.report.replaced:
+            inputs["document_bounds"] = bounds
+        wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
+        with torch.autocast("cpu", dtype=self.dtype, enabled=wide):
+            if "head" in self.report.replaced:
+                hidden = self.graph.get_decoder()(**inputs).last_hidden_state
+            else:
+                logits = self.graph(**inputs).logits
+        if "head" not in self.report.replaced:
+            rows = logits.reshape(-1, logits.shape[-1])[before].float()
+            return rows.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+        head = self.graph.get_output_embeddings()
+        rows = hidden.reshape(-1, hidden.shape[-1])[before].to(self.dtype)
+        return token_logprobs(rows, head.weight, head.bias, targets, self.backend)
+
+
+def prepare(
+    graph: PreTrainedModel, adapted: PeftModel | None, dtype: torch.dtype, backend: str, proofs: bool = True
+) -> FusedModel:
+    """Fuses what it can of `graph` and proves it. `proofs=False` is for dry runs."""
+    report = fuse(graph, dtype, backend, proofs)
+    model = FusedModel(graph, adapted, dtype, backend, report)
+    reason = _head_obstacle(model) if proofs else None
+    if reason is None:
+        report.replaced["head"] = 1
+    else:
+        report.left["head"] = reason
+    return model
+
+
+def _head_obstacle(model: FusedModel) -> str | None:
+    """Why decoder plus output head is not all this model does to get logits; None if it is."""
+    graph = model.graph
+    head = graph.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not hasattr(graph, "get_decoder"):
+        return "the output head is not a linear layer"
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(head.weight.shape[0], (1, PROOF_TOKENS), generator=generator)
+    was_training = graph.training
+    graph.eval()
+    try:
+        with torch.no_grad():
+            logits = graph(input_ids=tokens, use_cache=False).logits[0].float()
+            hidden = graph.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
+            found = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        return f"cannot be compared: {error}"
+    finally:
+        graph.train(was_training)
+    distance = float((found - logits).norm() / logits.norm().clamp(min=1e-30))
+    if not distance <= TOLERANCE:
+        return f"the model does more than a linear head (differs by {distance:.1e})"
+    return None

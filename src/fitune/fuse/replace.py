@@ -1,0 +1,142 @@
+"""Replacing a model's parts by fused ones, each accepted by proof, and the report of what was done and why not.
+
+Order of things: build, inject adapters, then this. Fused modules keep the children and parameters of what they
+replace under the same names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fitune.fuse import attention
+from fitune.fuse.gated_mlp import fused_mlp_candidates
+from fitune.fuse.lora_linear import FusedLoraLinear
+from fitune.fuse.norm import fused_norm_candidates
+from fitune.fuse.prove import prove
+
+
+@dataclass
+class FusionReport:
+    """What was replaced (part -> how many) and what was left (part -> reason)."""
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool) -> FusionReport:
+    """Replaces what it can of `model` (the transformers model, adapters injected) in place.
+
+    `proofs=False` accepts every part by structure alone, for dry runs: what a part costs does not depend on which
+    of its candidates is right.
+    """
+    report = FusionReport()
+    report.replaced["linear"] = sum(isinstance(module, FusedLoraLinear) for module in model.modules())
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    _replace(decoder, "norm", lambda m: fused_norm_candidates(m, backend), _norm_width, dtype, report, proofs)
+    _replace(decoder, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
+    _replace_attention(model, report)
+    return report
+
+
+def _norm_width(module: nn.Module) -> int:
+    return int(module.weight.shape[0])
+
+
+def _mlp_width(module: nn.Module) -> int:
+    return int(module.gate_proj.in_features)
+
+
+def _signature(module: nn.Module) -> tuple[object, ...]:
+    """What two modules must share for the proof of one to cover the other: everything but their weights' values."""
+    attributes = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, (int, float, str, bool, type(None)))
+    }
+    activation = getattr(module, "act_fn", None)
+    shapes = [(name, tuple(p.shape), p.dtype) for name, p in module.named_parameters()]
+    kinds = [(name, type(child).__name__) for name, child in module.named_modules()]
+    return (
+        type(module), tuple(sorted((k, repr(v)) for k, v in attributes.items())), repr(activation), tuple(shapes),
+        tuple(kinds),
+    )  # fmt: skip
+
+
+def _replace(
+    root: nn.Module, part: str, candidates: Callable[[nn.Module], Sequence[nn.Module]],
+    width: Callable[[nn.Module], int], dtype: torch.dtype, report: FusionReport, proofs: bool,
+) -> None:  # fmt: skip
+    proven: dict[tuple[object, ...], int | None] = {}
+    for name, module in list(root.named_modules()):
+        options = candidates(module)
+        if not options:
+            continue
+        signature = _signature(module)
+        if signature not in proven:
+            proven[signature] = None if proofs else 0
+            reasons: list[str] = []
+            with _trained_adapter(module):
+                for number, option in enumerate(options if proofs else ()):
+                    verdict = prove(module, option, width(module), dtype)
+                    reasons.append(verdict.reason)
+                    if verdict.holds:
+                        proven[signature] = number
+                        break
+            if proven[signature] is None:
+                report.left[f"{part} ({type(module).__name__})"] = "; ".join(dict.fromkeys(reasons))
+        chosen = proven[signature]
+        if chosen is None:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        fused = options[chosen]
+        fused.train(module.training)
+        setattr(root.get_submodule(parent), leaf, fused)
+        report.replaced[part] += 1
+
+
+class _trained_adapter:
+    """For the length of a proof, gives every LoRA B of `module` values: at zero they would prove nothing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._factors = [
+            parameter
+            for name, parameter in module.named_parameters()
+            if "lora_B" in name and parameter.dim() == 2
+        ]
+
+    def __enter__(self) -> None:
+        self._saved = [parameter.detach().clone() for parameter in self._factors]
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self._factors:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+    def __exit__(self, *exception: object) -> None:
+        with torch.no_grad():
+            for parameter, saved in zip(self._factors, self._saved, strict=True):
+                parameter.copy_(saved)
+
+
+def _replace_attention(model: PreTrainedModel, report: FusionReport) -> None:
+    """Attention by documents, where every layer is plain causal attention or a sliding window of it."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reason = None
+    if not getattr(model, "_supports_attention_backend", False):
+        reason = "does not take another attention function"
+    elif not kinds <= {"full_attention", "sliding_attention"}:
+        reason = f"layers of kinds {', '.join(sorted(kinds))}"
+    elif getattr(config, "attn_logit_softcapping", None):
+        reason = "scores are capped"
+    if reason is not None:
+        report.left["attention"] = reason
+        return
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    report.replaced["attention"] = int(getattr(config, "num_hidden_layers", 1))

@@ -1,0 +1,90 @@
+"""The operators: schema, fake, and the choice of an implementation by an explicit `backend` argument.
+
+Each is a `torch.library` operator `fitune::NAME`. Under fake tensors only the fake runs, whatever the backend.
+`backend` is "native" (csrc, CPU) or "reference" (plain torch, any device); it is handed down from the plan and
+never read off a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitune.kernels import native, reference
+
+BACKENDS = ("native", "reference")
+_LIBRARY = torch.library.Library("fitune", "DEF")
+_MODULES = {"native": native, "reference": reference}
+
+
+def _operator(schema: str) -> Any:
+    """Defines `fitune::NAME` of this schema; the decorated function is its fake."""
+    name = schema.split("(")[0]
+    implementations = {backend: getattr(module, name) for backend, module in _MODULES.items()}
+
+    def run(*arguments: Any) -> Any:
+        *values, backend = arguments
+        return implementations[backend](*values)
+
+    def register(fake: Any) -> Any:
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fitune::{name}", lambda *arguments: fake(*arguments[:-1]), lib=_LIBRARY)
+        return getattr(torch.ops.fitune, name).default
+
+    return register
+
+
+@_operator("nf4_quantise(Tensor weight, str backend) -> (Tensor, Tensor)")
+def nf4_quantise(weight: Tensor) -> Any:
+    n = weight.numel()
+    codes = weight.new_empty(((n + 1) // 2, 1), dtype=torch.uint8)
+    return codes, weight.new_empty((n + 63) // 64, dtype=torch.float32)
+
+
+@_operator(
+    "nf4_dequantise(Tensor codes, Tensor absmax_codes, Tensor nested_absmax, Tensor table, float offset, "
+    "int[] shape, ScalarType dtype, str backend) -> Tensor"
+)
+def nf4_dequantise(
+    codes: Tensor, absmax_codes: Tensor, nested_absmax: Tensor, table: Tensor, offset: float,
+    shape: list[int], dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@_operator("rms_norm(Tensor x, Tensor weight, float eps, float shift, str backend) -> (Tensor, Tensor)")
+def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> Any:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_operator(
+    "rms_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor rstd, float shift, str backend) -> Tensor"
+)
+def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Any:
+    return x.new_empty(x.shape)
+
+
+@_operator("gated_activation(Tensor gate, Tensor up, str activation, str backend) -> Tensor")
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Any:
+    return gate.new_empty(gate.shape)
+
+
+@_operator(
+    "gated_activation_backward(Tensor grad_out, Tensor gate, Tensor up, str activation, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def gated_activation_backward(grad_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> Any:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+@_operator("token_logprob_(Tensor(a!) logits, Tensor targets, bool with_gradient, str backend) -> Tensor")
+def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Any:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor")
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Any:
+    return x.new_empty(x.shape)

@@ -1,0 +1,196 @@
+"""The native kernels: finding the shared library, choosing an instruction set, calling it on torch tensors.
+
+The library is plain C (csrc/fitune_kernels.h), loaded with ctypes after torch, so that both use one OpenMP
+runtime. It takes its thread count from torch at every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 1
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+# The fields of FituneKernels, in order: name -> argument types.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "nf4_quantise": (_P, _I, _L, _P, _P, _I),
+    "nf4_dequantise": (_P, _P, _P, _P, _F, _L, _P, _I, _I),
+    "rms_norm": (_P, _P, _I, _L, _L, _F, _F, _P, _P, _I),
+    "rms_norm_backward": (_P, _P, _P, _P, _I, _L, _L, _F, _P, _I),
+    "gated_activation": (_P, _P, _I, _I, _L, _P, _I),
+    "gated_activation_backward": (_P, _P, _P, _I, _I, _L, _P, _P, _P, _I),
+    "token_logprob": (_P, _I, _P, _L, _L, _I, _P, _I),
+    "rotate": (_P, _I, _L, _L, _L, _L, _L, _L, _P, _P, _I, _P, _I),
+}
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [
+        ("instruction_set", ctypes.c_char_p),
+        *((name, ctypes.CFUNCTYPE(None, *arguments)) for name, arguments in _SIGNATURES.items()),
+    ]
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Whether the native kernels run here, with which instruction set, and why (not)."""
+
+    available: bool
+    instruction_set: str | None
+    reason: str
+    path: str | None
+
+
+@functools.cache
+def _load() -> tuple[_Table | None, NativeStatus]:
+    path = Path(__file__).with_name("libfitune_kernels.so")
+    if not path.is_file():
+        return None, NativeStatus(
+            False, None, "not built: no C++ compiler was found when fitune was installed", None
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, NativeStatus(False, None, f"cannot be loaded: {error}", str(path))
+    library.fitune_abi.restype = ctypes.c_int
+    if library.fitune_abi() != ABI:
+        reason = f"built for interface {library.fitune_abi()}, this package needs {ABI}: install fitune again"
+        return None, NativeStatus(False, None, reason, str(path))
+    library.fitune_available.restype = ctypes.c_char_p
+    library.fitune_kernels.restype = ctypes.POINTER(_Table)
+    library.fitune_kernels.argtypes = [ctypes.c_char_p]
+    available = library.fitune_available().decode().split()
+    wanted = os.environ.get("FITUNE_INSTRUCTION_SET")
+    if wanted is not None and wanted not in available:
+        reason = (
+            f"FITUNE_INSTRUCTION_SET={wanted} cannot run here (this machine can run {', '.join(available)})"
+        )
+        return None, NativeStatus(False, None, reason, str(path))
+    name = wanted or available[0]
+    why = "chosen by FITUNE_INSTRUCTION_SET" if wanted else f"best of {', '.join(available)}"
+    return library.fitune_kernels(name.encode()).contents, NativeStatus(True, name, why, str(path))
+
+
+def status() -> NativeStatus:
+    """Whether the native kernels run here, and why (not)."""
+    return _load()[1]
+
+
+def _table() -> _Table:
+    table, state = _load()
+    if table is None:
+        raise RuntimeError(f"native kernels: {state.reason}")
+    return table
+
+
+def _pointer(tensor: Tensor) -> int:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"a native kernel got a {'strided' if tensor.device.type == 'cpu' else 'foreign'} tensor"
+        )
+    return tensor.data_ptr()
+
+
+def nf4_quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    n = weight.numel()
+    codes = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty((n + 63) // 64, dtype=torch.float32)
+    _table().nf4_quantise(
+        _pointer(weight), KINDS[weight.dtype], n, _pointer(codes), _pointer(absmax), torch.get_num_threads()
+    )
+    return codes, absmax
+
+
+def nf4_dequantise(
+    codes: Tensor, absmax_codes: Tensor, nested_absmax: Tensor, table: Tensor, offset: float,
+    shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(shape, dtype=dtype)
+    _table().nf4_dequantise(
+        _pointer(codes), _pointer(absmax_codes), _pointer(nested_absmax), _pointer(table), offset,
+        out.numel(), _pointer(out), KINDS[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    out = torch.empty_like(x)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    _table().rms_norm(
+        _pointer(x), _pointer(weight), KINDS[x.dtype], rows, width, eps, shift, _pointer(out), _pointer(rstd),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, rstd
+
+
+def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
+    grad_out, x, weight = grad_out.contiguous(), x.contiguous(), weight.to(x.dtype).contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    grad_x = torch.empty_like(x)
+    _table().rms_norm_backward(
+        _pointer(grad_out), _pointer(x), _pointer(weight), _pointer(rstd), KINDS[x.dtype], rows, width, shift,
+        _pointer(grad_x), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _table().gated_activation(
+        _pointer(gate), _pointer(up), KINDS[gate.dtype], ACTIVATIONS[activation], gate.numel(), _pointer(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gated_activation_backward(
+    grad_out: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, gate, up = grad_out.contiguous(), gate.contiguous(), up.contiguous()
+    out, grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    _table().gated_activation_backward(
+        _pointer(grad_out), _pointer(gate), _pointer(up), KINDS[gate.dtype], ACTIVATIONS[activation],
+        gate.numel(), _pointer(grad_gate), _pointer(grad_up), _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_gate, grad_up, out
+
+
+def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    rows, width = logits.shape
+    if rows and (int(targets.min()) < 0 or int(targets.max()) >= width):
+        raise IndexError(f"a target lies outside the vocabulary of {width} tokens")
+    targets = targets.contiguous()
+    logprob = torch.empty(rows, dtype=torch.float32)
+    _table().token_logprob(
+        _pointer(logits), KINDS[logits.dtype], _pointer(targets), rows, width, int(with_gradient),
+        _pointer(logprob), torch.get_num_threads(),
+    )  # fmt: skip
+    return logprob
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    tokens, heads, width = x.shape
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _table().rotate(
+        x.data_ptr(), KINDS[x.dtype], tokens, heads, width, cos.shape[-1], x.stride(0), x.stride(1),
+        _pointer(cos), _pointer(sin), int(inverse), _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

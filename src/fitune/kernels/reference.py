@@ -1,0 +1,113 @@
+"""What every operator means, in plain torch: the definition that the native kernels are tested against.
+
+Runs on any device. Statistics and element-wise work are in float32, results in the input's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# QLoRA (arXiv 2305.14314), appendix E: the 16 NF4 values, as bitsandbytes stores them.
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64
+NESTED_BLOCK = 256
+
+
+def nf4_quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    values = torch.tensor(NF4_VALUES, device=weight.device)
+    bounds = (values[:-1] + values[1:]) / 2
+    flat = weight.reshape(-1).float()
+    n = flat.numel()
+    full = n - n % BLOCK
+    blocks = flat[:full].view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1).reshape(-1)
+    if n > full:  # bitsandbytes divides in a ragged last block
+        last = flat[full:].abs().amax().clamp(min=1e-38)
+        absmax = torch.cat([absmax, last.view(1)])
+        scaled = torch.cat([scaled, (flat[full:] / last).clamp(-1, 1)])
+    if n % 2:
+        scaled = F.pad(scaled, (0, 1))
+    index = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+    return ((index[::2] << 4) | index[1::2]).unsqueeze(1), absmax
+
+
+def nf4_dequantise(
+    codes: Tensor, absmax_codes: Tensor, nested_absmax: Tensor, table: Tensor, offset: float,
+    shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    values = torch.tensor(NF4_VALUES, device=codes.device)
+    flat = codes.reshape(-1)
+    index = torch.stack([flat >> 4, flat & 15], dim=1).reshape(-1).long()
+    n = 1
+    for size in shape:
+        n *= size
+    absmax = (
+        table[absmax_codes.long()] * nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax_codes.numel()]
+    )
+    absmax = absmax + torch.tensor(offset, dtype=torch.float32, device=codes.device)
+    return (values[index[:n]] * absmax.repeat_interleave(BLOCK)[:n]).to(dtype).view(shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    rstd = torch.rsqrt(wide.square().mean(dim=-1) + eps)
+    return (wide * rstd.unsqueeze(-1) * (shift + weight.float())).to(x.dtype), rstd
+
+
+def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
+    wide, r = x.float(), rstd.unsqueeze(-1)
+    grad = grad_out.float() * (shift + weight.float())
+    mean = (grad * wide).mean(dim=-1, keepdim=True)
+    return ((grad - wide * mean * r * r) * r).to(x.dtype)
+
+
+def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Value and slope of the activation, float32."""
+    if activation == "silu":
+        s = torch.sigmoid(gate)
+        return gate * s, s * (1 + gate * (1 - s))
+    if activation == "gelu_tanh":
+        a, b = 1.5957691216057308, 0.044715  # 2 sqrt(2 / pi): tanh(z) = 2 sigmoid(2z) - 1
+        s = torch.sigmoid(a * (gate + b * gate**3))
+        return gate * s, s + gate * s * (1 - s) * a * (1 + 3 * b * gate * gate)
+    raise ValueError(f"no gated activation called {activation!r}")
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return (_activate(gate.float(), activation)[0] * up.float()).to(gate.dtype)
+
+
+def gated_activation_backward(
+    grad_out: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, slope = _activate(gate.float(), activation)
+    grad, wide_up = grad_out.float(), up.float()
+    dtype = gate.dtype
+    return (grad * wide_up * slope).to(dtype), (grad * value).to(dtype), (value * wide_up).to(dtype)
+
+
+def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    wide = logits.float()
+    column = targets.unsqueeze(1)
+    logprob = wide.log_softmax(dim=-1)
+    chosen = logprob.gather(1, column).squeeze(1)
+    if with_gradient:
+        grad = logprob.exp_().neg_()
+        grad.scatter_(1, column, 1 - chosen.exp().unsqueeze(1))
+        logits.copy_(grad)
+    return chosen
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    half = cos.shape[-1]
+    c, s = cos.unsqueeze(1), (-sin if inverse else sin).unsqueeze(1)
+    wide = x.float()
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1).to(x.dtype)

@@ -1,0 +1,96 @@
+"""Where a model's weights come from: one interface over folders, hub names and GGUF files."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+Kind = Literal["folder", "hub", "gguf", "bundled"]
+
+
+class ModelSource(ABC):
+    """The weights of one causal language model, read tensor by tensor, and only when asked for.
+
+    Attributes:
+        reference: the words that name this model, as the user gave them.
+        kind: what stands behind the reference.
+        note: one sentence that every report about this model must carry (None: nothing to say).
+    """
+
+    reference: str
+    kind: Kind
+    note: str | None = None
+
+    @property
+    @abstractmethod
+    def config(self) -> PretrainedConfig:
+        """The transformers configuration; its `dtype` is that of the weight matrices as `read` gives them."""
+
+    @abstractmethod
+    def tensor_names(self) -> list[str]:
+        """Names as in a Hugging Face checkpoint, e.g. `model.layers.0.self_attn.q_proj.weight`.
+
+        A tied output head has no name of its own.
+        """
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor without reading it. Raises KeyError for a name that is not there."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `read(name)` will have, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU in its source's 16- or 32-bit dtype (quantised tensors: bfloat16).
+
+        The result may be a read-only view of the mapped file: copy it before writing to it.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with its special tokens and chat template."""
+
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig:
+        """How the model's makers want it sampled, and on which tokens it stops."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that make this model what it is: weights, configuration, tokenizer."""
+
+    @abstractmethod
+    def write_companions(self, folder: Path) -> None:
+        """Writes all that a checkpoint has beside its weights: configurations, tokenizer, chat template."""
+
+    def generation_eos_ids(self) -> list[int]:
+        """Token ids on which generation stops, by the generation config, else config, else tokenizer."""
+        for found in (
+            self.generation_config().eos_token_id,
+            getattr(self.config, "eos_token_id", None),
+            self.tokenizer().eos_token_id,
+        ):
+            if found is not None:
+                return [int(token) for token in (found if isinstance(found, (list, tuple)) else [found])]
+        return []
+
+    def fingerprint(self) -> str:
+        """A key of 32 hex digits from the kind and every file's resolved name, size and modification time.
+
+        Instant, because no content is read: a copy of the same model elsewhere has another fingerprint.
+        """
+        digest = hashlib.sha256(self.kind.encode())
+        for file in sorted(path.resolve() for path in self.files()):
+            found = file.stat()
+            digest.update(f"\0{file}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+        return digest.hexdigest()[:32]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.reference!r})"

@@ -1,0 +1,110 @@
+"""Running the real step on a cut-down model: on fake tensors for its memory, on real ones for its time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from fitune.config.schema import RunConfig
+from fitune.fuse.model import FusedModel
+from fitune.plan.live_bytes import LiveBytes
+from fitune.plan.small_model import small_model
+from fitune.step.optimizer import make_optimizer
+
+PROBE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: rows x tokens, cut into documents of `document_tokens`, with `trained` targets."""
+
+    rows: int
+    tokens: int
+    document_tokens: int
+    trained: int
+
+    def bounds(self) -> tuple[int, ...]:
+        """Where documents begin, and the end."""
+        row = [*range(0, self.tokens, self.document_tokens)]
+        return (
+            *(r * self.tokens + start for r in range(self.rows) for start in row),
+            self.rows * self.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one optimizer step, without the model's own weights.
+
+    Attributes:
+        optimizer: states that stay between steps.
+        saved: kept from the forward for the backward pass.
+        peak: the most at one time, optimizer states included.
+        peak_operator: what ran then.
+    """
+
+    optimizer: int
+    saved: int
+    peak: int
+    peak_operator: str
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of the parameters, by what becomes of them."""
+
+    frozen: int
+    trained: int
+
+
+def _step(model: FusedModel, optimizer: torch.optim.Optimizer, shape: Shape) -> None:
+    _forward(model, shape).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _forward(model: FusedModel, shape: Shape) -> torch.Tensor:
+    tokens = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64)
+    chosen = torch.arange(1, max(2, shape.trained + 1))
+    return -model.logprobs_at(tokens, torch.zeros_like(tokens), shape.bounds(), chosen).sum()
+
+
+def step_memory(
+    run: RunConfig, config: PretrainedConfig, layers: int, shape: Shape, dtype: torch.dtype, backend: str
+) -> tuple[ModelBytes, StepMemory]:
+    """Memory of the second step (the first one makes the optimizer's states) of the model cut to `layers`."""
+    model = small_model(run, config, layers, dtype, backend)
+    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
+    live = LiveBytes()
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        _step(model, optimizer, shape)
+        states = live.current
+        live.reset_peak()
+        loss = _forward(model, shape)
+        saved = live.current - states
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        del loss
+        optimizer.zero_grad(set_to_none=True)
+    trained = sum(p.numel() * p.element_size() for p in model.trainable)
+    frozen = sum(p.numel() * p.element_size() for p in model.graph.parameters()) - trained
+    return ModelBytes(frozen, trained), StepMemory(states, saved, live.peak, live.peak_operator)
+
+
+def step_seconds(
+    run: RunConfig, config: PretrainedConfig, layers: int, shape: Shape, dtype: torch.dtype, backend: str
+) -> float:
+    """The median time of a step of the model cut to `layers`, on this machine, after one to warm up."""
+    model = small_model(run, config, layers, dtype, backend)
+    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
+    _step(model, optimizer, shape)
+    times = []
+    for _ in range(PROBE_STEPS):
+        start = time.perf_counter()
+        _step(model, optimizer, shape)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,130 @@
+"""The plan of a run: every number resolved, each with its origin, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from fitune.config.schema import RunConfig
+from fitune.hardware import Hardware
+from fitune.plan.computation import Computation
+from fitune.plan.dry_run import ModelBytes, Shape, StepMemory, step_memory, step_seconds
+from fitune.process_memory import resident_bytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One number of the plan. `origin` is one of: you, default, model, data, derived, dry run, probe, machine."""
+
+    name: str
+    value: int | float | str
+    unit: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the data asks for: optimizer steps and tokens of the whole run, documents' mean length, trained share."""
+
+    steps: int
+    tokens: int
+    mean_document_tokens: int
+    trained_share: float
+    row_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `train` will do and what it should take.
+
+    Attributes:
+        memory: items in bytes, which add up to `peak_bytes`.
+        settings: everything resolved that is not memory.
+    """
+
+    model: str
+    method: str
+    peak_bytes: int
+    available_bytes: int
+    seconds_per_step: float
+    seconds: float
+    peak_operator: str
+    memory: tuple[Item, ...]
+    settings: tuple[Item, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the expected peak is within what the machine has left."""
+        return self.peak_bytes <= self.available_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def _extend(one: int, two: int, layers: int) -> int:
+    """From the values at one and at two layers to all of them."""
+    return one + (two - one) * (layers - 1)
+
+
+def make_plan(
+    run: RunConfig, model: str, config: PretrainedConfig, computation: Computation, hardware: Hardware,
+    workload: Workload, learning_rate: float, with_time: bool = True,
+) -> Plan:  # fmt: skip
+    """Dry-runs and probes the step of this run at one and two layers and extends to all.
+
+    Takes some seconds. The process's own memory is what it holds when this is called.
+    """
+    overhead = resident_bytes()
+    layers = int(config.num_hidden_layers)
+    tokens = workload.row_tokens
+    document = max(1, min(workload.mean_document_tokens, tokens))
+    shape = Shape(
+        run.train.micro_batch, tokens, document,
+        min(max(1, round(run.train.micro_batch * tokens * workload.trained_share)), run.train.micro_batch * tokens - 1),
+    )  # fmt: skip
+    arguments = (shape, computation.dtype, computation.backend)
+    measured = [step_memory(run, config, count, *arguments) for count in (1, 2)]
+    weights = ModelBytes(
+        *(
+            _extend(getattr(measured[0][0], n), getattr(measured[1][0], n), layers)
+            for n in ("frozen", "trained")
+        )
+    )
+    step = StepMemory(
+        *(_extend(getattr(measured[0][1], n), getattr(measured[1][1], n), layers) for n in ("optimizer", "saved", "peak")),
+        measured[1][1].peak_operator,
+    )  # fmt: skip
+    gradients = weights.trained
+    workspace = max(0, step.peak - step.optimizer - step.saved - gradients)
+    memory = (
+        Item("frozen weights", weights.frozen, "bytes", "model"),
+        Item("trained weights", weights.trained, "bytes", "derived"),
+        Item("gradients", min(gradients, step.peak - step.optimizer), "bytes", "derived"),
+        Item("optimizer states", step.optimizer, "bytes", "dry run"),
+        Item("saved activations", step.saved, "bytes", "dry run"),
+        Item("workspaces, logits", workspace, "bytes", "dry run"),
+        Item("Python, torch, transformers", overhead, "bytes", "machine"),
+    )
+    peak = overhead + weights.frozen + weights.trained + step.peak
+    seconds = 0.0
+    if with_time:
+        one, two = (step_seconds(run, config, count, *arguments) for count in (1, 2))
+        seconds = (one + max(0.0, two - one) * (layers - 1)) * run.train.accumulation
+    steps_seconds = seconds * workload.tokens / max(1, shape.rows * tokens * run.train.accumulation)
+    settings = (
+        Item("rank", run.lora.rank, "", "you" if "rank" in run.lora.model_fields_set else "default"),
+        Item("learning rate", learning_rate, "", "you" if run.train.learning_rate else "default"),
+        Item("rows", run.train.micro_batch * run.train.accumulation, "a step", "default"),
+        Item("row", tokens, "tokens", "data"),
+        Item("steps", workload.steps, "", "derived"),
+        Item("tokens", workload.tokens, "", "data"),
+        Item("computation", computation.reason, "", "machine"),
+        Item("threads", computation.threads, "", "machine"),
+    )
+    return Plan(
+        model, run.method, peak, hardware.available_bytes + overhead, seconds, steps_seconds, step.peak_operator,
+        memory, settings,
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""A linear layer whose frozen weight is NF4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitune.quant.lease import DecodedAtUse, Lease
+from fitune.quant.nf4 import NF4Weight
+
+
+class QuantisedLinear(nn.Linear):
+    """y = x W^T + b with a frozen NF4 weight.
+
+    The quantised tensors are frozen parameters (`weight` holds the codes), so that whatever shards or moves
+    parameters finds them. A subclass of `nn.Linear`, so that PEFT accepts it as a base layer.
+
+    Attributes:
+        backend: which kernels decode the weight.
+        lease: how the weight is reached.
+    """
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None, backend: str) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.codes, requires_grad=False)
+        self.weight_absmax = nn.Parameter(weight.absmax, requires_grad=False)
+        self.weight_nested_absmax = nn.Parameter(weight.nested_absmax, requires_grad=False)
+        self.weight_offset = weight.offset
+        self.weight_dtype = weight.dtype
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.backend = backend
+        self.lease: Lease = DecodedAtUse()
+
+    def nf4(self) -> NF4Weight:
+        """The frozen weight as it is stored."""
+        return NF4Weight(
+            self.weight.data,
+            self.weight_absmax.data,
+            self.weight_nested_absmax.data,
+            self.weight_offset,
+            (self.out_features, self.in_features),
+            self.weight_dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype; differentiable in x."""
+        y: Tensor = _FrozenProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T; the backward pass decodes W again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QuantisedLinear) -> Tensor:
+        ctx.linear = linear
+        return product(x, linear)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        return product_transposed(grad_out, ctx.linear), None
+
+
+def product(x: Tensor, linear: QuantisedLinear) -> Tensor:
+    """x [..., in] -> x W^T [..., out]; not differentiable."""
+    weight = linear.lease.acquire(linear, x.dtype)
+    try:
+        return torch.matmul(x, weight.t())
+    finally:
+        linear.lease.release(linear)
+
+
+def product_transposed(grad_out: Tensor, linear: QuantisedLinear) -> Tensor:
+    """grad_out [..., out] -> grad_out W [..., in]; not differentiable."""
+    weight = linear.lease.acquire(linear, grad_out.dtype)
+    try:
+        return torch.matmul(grad_out, weight)
+    finally:
+        linear.lease.release(linear)

@@ -1,0 +1,10 @@
+"""Losses as functions of per-token log-probabilities and weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def supervised(logprobs: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the negative log-probabilities [n], each times its weight [n]; the caller divides by the total weight."""
+    return -(logprobs * weights).sum()

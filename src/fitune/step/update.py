@@ -1,0 +1,81 @@
+"""One optimizer step over any number of micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fitune.data.batch import Batch
+from fitune.errors import FituneError
+from fitune.fuse.model import FusedModel
+from fitune.step.objective import supervised
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+class NonFiniteError(FituneError):
+    """A loss or gradient that is not a finite number; no weight was changed."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: the mean over all trained tokens of the step.
+        grad_norm: of all gradients together, before clipping.
+        trained_tokens: how many tokens counted.
+        tokens: how many tokens went through the model.
+    """
+
+    loss: float
+    grad_norm: float
+    trained_tokens: int
+    tokens: int
+
+
+def update(
+    model: FusedModel, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float,
+    max_grad_norm: float, objective: Objective = supervised,
+) -> StepResult:  # fmt: skip
+    """Changes the trainable weights once, by the gradient over all `batches` together.
+
+    The loss is one sum over all tokens divided by their total weight, so the update does not depend on how the
+    step was split into micro-batches. `max_grad_norm` 0 does not clip.
+
+    Raises NonFiniteError before any weight is changed.
+    """
+    total_weight = float(sum(batch.weights.sum() for batch in batches))
+    if total_weight == 0:
+        raise FituneError("a step without a single trained token")
+    loss = 0.0
+    for batch in batches:
+        if not batch.trained_tokens:
+            continue
+        logprobs, weights = model.logprobs(batch)
+        part = objective(logprobs, weights) / total_weight
+        part.backward()
+        loss += float(part.detach())
+    parameters = model.trainable
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+    if max_grad_norm and norm > max_grad_norm:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(max_grad_norm / norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        loss,
+        norm,
+        sum(batch.trained_tokens for batch in batches),
+        sum(batch.tokens.numel() for batch in batches),
+    )

@@ -1,0 +1,1 @@
+"""The loop around the step: run folder, checkpoints, log, progress, validation."""

@@ -1,0 +1,254 @@
+"""The training loop: rows in, updates out, and what must happen between two of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from fitune.config.schema import RunConfig
+from fitune.data.batch import Batch
+from fitune.data.collation import collate
+from fitune.data.encoding import EncodedSample
+from fitune.data.order import epoch_rows
+from fitune.errors import FituneError, Interrupted
+from fitune.fuse.model import FusedModel
+from fitune.process_memory import resident_bytes
+from fitune.step.optimizer import make_optimizer
+from fitune.step.schedule import Schedule
+from fitune.step.update import update
+from fitune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from fitune.train.run_folder import RunFolder
+
+# LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
+LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl. Rates in tokens per second, memory resident in bytes."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    memory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """Mean loss over the trained tokens of the validation set after a step."""
+
+    step: int
+    validation_loss: float
+
+
+Watcher = Callable[[StepRecord | ValidationRecord], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The order in which a run sees its samples, resumable at any row.
+
+    Attributes:
+        samples: encoded.
+        row_tokens: how many tokens a row holds.
+        micro_batch: rows to a micro-batch; accumulation: micro-batches to a step.
+    """
+
+    samples: Sequence[EncodedSample]
+    row_tokens: int
+    micro_batch: int
+    accumulation: int
+    seed: int
+    pack: bool
+    pad_id: int
+
+    def epoch(self, number: int) -> list[list[list[int]]]:
+        """The steps of an epoch, each a list of rows of sample indices; the last may be smaller."""
+        rows = epoch_rows(self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack)
+        size = self.micro_batch * self.accumulation
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def batches(self, rows: Sequence[Sequence[int]]) -> list[Batch]:
+        """The micro-batches of one step."""
+        return [
+            collate(
+                [[self.samples[index] for index in row] for row in rows[start : start + self.micro_batch]],
+                self.row_tokens,
+                self.pad_id,
+            )
+            for start in range(0, len(rows), self.micro_batch)
+        ]
+
+    def steps(self, epochs: float, limit: int | None) -> Iterator[tuple[float, list[list[int]]]]:
+        """(epoch as a fraction after the step, rows) for every step of the run."""
+        taken, number = 0, 0
+        while True:
+            steps = self.epoch(number)
+            for index, rows in enumerate(steps):
+                if limit is not None and taken >= limit:
+                    return
+                if limit is None and number + index / len(steps) >= epochs - 1e-9:
+                    return
+                taken += 1
+                yield number + (index + 1) / len(steps), rows
+            number += 1
+
+
+def count_steps(rows: Rows, epochs: float, limit: int | None) -> int:
+    """How many optimizer steps the run takes."""
+    if limit is not None:
+        return limit
+    total = sum(len(rows.epoch(number)) for number in range(math.floor(epochs + 1e-9)))
+    part = epochs - math.floor(epochs + 1e-9)
+    if part > 1e-9:
+        total += math.ceil(len(rows.epoch(math.floor(epochs))) * part - 1e-9)
+    return total
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them, so that a step ends whole. A second one is not held."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread: whoever runs us handles signals
+            continue
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def validation_loss(model: FusedModel, samples: Sequence[EncodedSample], rows: Rows) -> float:
+    """Mean loss over the trained tokens of `samples`; leaves the model as it found it."""
+    whole = replace(rows, samples=samples, accumulation=1)
+    was_training = model.graph.training
+    model.graph.eval()
+    total, weight = 0.0, 0.0
+    with torch.no_grad():
+        for step in whole.epoch(0):
+            for batch in whole.batches(step):
+                if not batch.trained_tokens:
+                    continue
+                logprobs, weights = model.logprobs(batch)
+                total -= float((logprobs.double() * weights.double()).sum())
+                weight += float(weights.sum())
+    model.graph.train(was_training)
+    return total / weight if weight else math.nan
+
+
+def run_loop(
+    config: RunConfig, model: FusedModel, rows: Rows, validation: Sequence[EncodedSample], folder: RunFolder,
+    identity: Mapping[str, str], resume_from: Any = None, watch: Watcher | None = None,
+) -> Progress:  # fmt: skip
+    """Trains to the end of the run; returns how far it came.
+
+    Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
+    Interrupted, which says how to go on.
+    """
+    settings = config.train
+    steps = count_steps(rows, settings.epochs, settings.steps)
+    rate = settings.learning_rate or LEARNING_RATES[config.method]
+    schedule = Schedule(settings.schedule, rate, steps, settings.warmup_share)
+    optimizer = make_optimizer(settings.optimizer, model.trainable, settings.betas, settings.weight_decay)
+    progress = Progress()
+    if resume_from is not None:
+        progress = load_checkpoint(resume_from, model, optimizer)
+    else:
+        torch.manual_seed(config.seed)
+    _trim_metrics(folder, progress.step)
+
+    def save() -> None:
+        save_checkpoint(folder.checkpoints, model, optimizer, progress, identity, settings.keep_checkpoints)
+
+    with _stop_signals() as stopping, open(folder.metrics_file, "a") as metrics:
+
+        def record(entry: StepRecord | ValidationRecord) -> None:
+            metrics.write(json.dumps(asdict(entry)) + "\n")
+            metrics.flush()
+            if watch is not None:
+                watch(entry)
+
+        start = time.perf_counter() - progress.seconds
+        for number, (epoch, step_rows) in enumerate(rows.steps(settings.epochs, settings.steps)):
+            if number < progress.step:
+                continue
+            begun = time.perf_counter()
+            try:
+                result = update(
+                    model, rows.batches(step_rows), optimizer, schedule.rate(number), settings.max_grad_norm
+                )
+            except FituneError as error:
+                where = sorted({str(rows.samples[i].origin) for row in step_rows for i in row})[:8]
+                raise FituneError(
+                    f"step {number + 1}: {error}; no weight was changed. The step's data began with: "
+                    f"{', '.join(where)}. A lower train.learning_rate usually helps"
+                ) from error
+            now = time.perf_counter()
+            progress = Progress(
+                number + 1, progress.tokens + result.tokens, progress.trained_tokens + result.trained_tokens,
+                now - start,
+            )  # fmt: skip
+            record(
+                StepRecord(
+                    number + 1,
+                    round(epoch, 4),
+                    result.loss,
+                    result.grad_norm,
+                    schedule.rate(number),
+                    result.tokens,
+                    result.trained_tokens,
+                    result.tokens / (now - begun),
+                    resident_bytes(),
+                    round(progress.seconds, 3),
+                )  # fmt: skip
+            )
+            last = progress.step == steps
+            if validation and (last or _due(progress.step, settings.validate_every_steps)):
+                record(ValidationRecord(progress.step, validation_loss(model, validation, rows)))
+            if stopping and not last:
+                save()
+                raise Interrupted(
+                    f"stopped after step {progress.step} of {steps}; everything is saved. "
+                    f"Go on with: fitune train {folder.config_file} --resume"
+                )
+            if last or _due(progress.step, settings.save_every_steps):
+                save()
+    return progress
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _trim_metrics(folder: RunFolder, step: int) -> None:
+    """Drops the lines of steps that will be taken again."""
+    if not folder.metrics_file.is_file():
+        return
+    kept = [
+        line for line in folder.metrics_file.read_text().splitlines()
+        if line.strip().endswith("}") and json.loads(line)["step"] <= step
+    ]  # fmt: skip
+    folder.metrics_file.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,62 @@
+"""From a run file's model settings to a model that trains: build, inject the adapter, fuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fitune.adapters.lora import inject, load_adapter
+from fitune.config.schema import RunConfig
+from fitune.fuse.lora_linear import fused_lora_layer
+from fitune.fuse.model import FusedModel, prepare
+from fitune.models.build import build_dense, build_quantised
+from fitune.models.graph import head_name
+from fitune.models.source import ModelSource
+from fitune.models.store import Progress
+from fitune.plan.computation import Computation
+
+
+def build_for_training(
+    config: RunConfig, source: ModelSource, computation: Computation, progress: Progress | None = None
+) -> FusedModel:
+    """The model of a run with a fresh adapter (or all weights trainable), in training mode."""
+    dtype, backend = computation.dtype, computation.backend
+    adapted = None
+    if config.method == "full":
+        graph = build_dense(source, torch.float32, trainable=True)
+    else:
+        graph = (
+            build_quantised(source, dtype, backend, progress)
+            if config.method == "qlora"
+            else build_dense(source, dtype, trainable=False)
+        )
+        graph.name_or_path = source.reference
+        adapted = inject(
+            graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
+            targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
+            layer=fused_lora_layer,
+        )  # fmt: skip
+    model = prepare(graph, adapted, dtype, backend)
+    if config.train.recompute == "layers":
+        graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    graph.train()
+    return model
+
+
+def build_for_answers(
+    source: ModelSource, method: str, computation: Computation, adapter: Path | None = None
+) -> FusedModel:
+    """The model as it was trained, for evaluation and chat: with a saved adapter, or the bare base."""
+    dtype, backend = computation.dtype, computation.backend
+    if method == "qlora":
+        graph = build_quantised(source, dtype, backend)
+    else:
+        graph = build_dense(source, dtype, trainable=False)
+    graph.name_or_path = source.reference
+    adapted = (
+        None if adapter is None else load_adapter(graph, adapter, source.fingerprint(), fused_lora_layer)
+    )
+    model = prepare(graph, adapted, dtype, backend)
+    graph.eval()
+    return model

@@ -1,0 +1,241 @@
+"""A whole training run: from a run file to a run folder with an adapter (or weights), step by step."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fitune.adapters.lora import adapter_digest, save_adapter
+from fitune.config import dump
+from fitune.config.schema import RunConfig
+from fitune.data.dataset import TrainingData, load_training_data
+from fitune.errors import InputError
+from fitune.fuse.model import FusedModel
+from fitune.fuse.replace import FusionReport
+from fitune.hardware import Hardware, detect
+from fitune.models.find import find_model
+from fitune.models.source import ModelSource
+from fitune.models.store import Progress as StoreProgress
+from fitune.plan.computation import Computation, choose_computation
+from fitune.plan.planner import Plan, Workload, make_plan
+from fitune.process_memory import peak_bytes
+from fitune.train.atomic import write_text
+from fitune.train.checkpoint import list_checkpoints, newest_whole, read_identity
+from fitune.train.loop import LEARNING_RATES, Rows, StepRecord, ValidationRecord, Watcher, count_steps, run_loop
+from fitune.train.prepare import build_for_training
+from fitune.train.run_folder import RunFolder
+from fitune.train.weights import save_weights
+
+PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything decided and read, nothing trained: what `plan` shows and `train` goes on from."""
+
+    config: RunConfig
+    hardware: Hardware
+    source: ModelSource
+    computation: Computation
+    data: TrainingData
+    rows: Rows
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind.
+
+    Attributes:
+        losses: (step, loss) of every step; validation: (step, loss) where validated.
+        digest: over the exact bits of what was trained.
+    """
+
+    folder: RunFolder
+    plan: Plan
+    fusion: FusionReport
+    model: FusedModel
+    losses: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    records: list[StepRecord]
+    seconds: float
+    peak_bytes: int
+    digest: str
+
+
+def prepare_run(config: RunConfig) -> Prepared:
+    """Finds the model, reads and encodes the data, resolves the computation. Sets torch's threads."""
+    hardware = detect()
+    computation = choose_computation(config, hardware)
+    torch.set_num_threads(computation.threads)
+    source = find_model(config.model)
+    tokenizer = source.tokenizer()
+    limit = getattr(source.config, "max_position_embeddings", None)
+    if limit is not None and config.data.max_tokens > limit:
+        raise InputError(
+            f"{config.data.max_tokens} is more than the {limit} positions of {config.model}", where="data.max_tokens"
+        )
+    data = load_training_data(config.data, tokenizer, config.seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = Rows(
+        data.train, _row_tokens(config, data), config.train.micro_batch, config.train.accumulation, config.seed,
+        config.data.pack, int(pad or 0),
+    )  # fmt: skip
+    tokens = sum(len(sample) for sample in data.train)
+    trained = sum(sample.trained_tokens for sample in data.train)
+    first = rows.epoch(0)
+    per_step = sum(max(sum(len(rows.samples[i]) for i in row) for row in step) * len(step) for step in first) / len(first)
+    steps = count_steps(rows, config.train.epochs, config.train.steps)
+    workload = Workload(steps, round(steps * per_step), tokens // len(data.train), trained / tokens, rows.row_tokens)
+    return Prepared(config, hardware, source, computation, data, rows, workload)
+
+
+def _row_tokens(config: RunConfig, data: TrainingData) -> int:
+    """Rows are as long as asked for, but no longer than all the data together, or (unpacked) the longest sample."""
+    lengths = [len(sample) for sample in data.train]
+    return min(config.data.max_tokens, sum(lengths) if config.data.pack else max(lengths))
+
+
+def plan_run(prepared: Prepared, with_time: bool = True) -> Plan:
+    """The plan of a prepared run."""
+    config = prepared.config
+    rate = config.train.learning_rate or LEARNING_RATES[config.method]
+    return make_plan(
+        config, prepared.source.reference, prepared.source.config, prepared.computation, prepared.hardware,
+        prepared.workload, rate, with_time,
+    )  # fmt: skip
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Where a run goes that was given no folder: runs/MODEL-METHOD-TIME."""
+    name = Path(config.model).stem or "model"
+    return Path("runs") / f"{name}-{config.method}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def train_run(
+    prepared: Prepared, plan: Plan, folder: RunFolder, resume: bool = False, watch: Watcher | None = None,
+    store_progress: StoreProgress | None = None, say: Callable[[str], None] = lambda line: None,
+) -> Outcome:  # fmt: skip
+    """Trains a prepared run in `folder` and saves what came out.
+
+    `say` gets one line for whatever the user should know. With `resume` the run goes on from its newest whole
+    checkpoint. Raises InputError where the folder already holds a run that is not to be resumed, or another run.
+    """
+    config, started = prepared.config, time.perf_counter()
+    folder.lock()
+    try:
+        identity = _identity(prepared)
+        start_from = _resume_point(folder, identity, resume, say)
+        write_text(folder.config_file, dump(config.model_copy(update={"output": str(folder.path)})))
+        folder.write_json(folder.plan_file, plan.as_dict())
+        model = build_for_training(config, prepared.source, prepared.computation, store_progress)
+        for part, reason in model.report.left.items():
+            say(f"not fused: {part}: {reason}")
+        losses: list[tuple[int, float]] = []
+        validation: list[tuple[int, float]] = []
+        records: list[StepRecord] = []
+
+        def collect(record: StepRecord | ValidationRecord) -> None:
+            if isinstance(record, StepRecord):
+                losses.append((record.step, record.loss))
+                records.append(record)
+            else:
+                validation.append((record.step, record.validation_loss))
+            if watch is not None:
+                watch(record)
+
+        run_loop(
+            config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect
+        )  # fmt: skip
+        base = {"reference": prepared.source.reference, "fingerprint": prepared.source.fingerprint()}
+        if model.adapted is not None:
+            save_adapter(model.adapted, folder.adapter, base)
+            digest = adapter_digest(model.adapted)
+        else:
+            digest = save_weights(model, prepared.source, folder.weights)
+        seconds = time.perf_counter() - started
+        summary = {
+            "model": config.model, "note": prepared.source.note, "method": config.method, "base": base,
+            "steps": plan_steps(records), "final_loss": losses[-1][1] if losses else None,
+            "validation_loss": validation[-1][1] if validation else None, "seconds": round(seconds, 1),
+            "peak_bytes": peak_bytes(), "planned_peak_bytes": plan.peak_bytes, "sha256": digest,
+            "replaced": dict(model.report.replaced), "left": model.report.left, "machine": machine(prepared.hardware),
+            "data": prepared.data.report.as_json(),
+        }  # fmt: skip
+        folder.write_json(folder.summary_file, summary)
+    finally:
+        folder.unlock()
+    return Outcome(
+        folder, plan, model.report, model, losses, validation, records, seconds, peak_bytes(), digest
+    )  # fmt: skip
+
+
+def plan_steps(records: Sequence[StepRecord]) -> int:
+    """The last step that was taken."""
+    return records[-1].step if records else 0
+
+
+def machine(hardware: Hardware) -> dict[str, Any]:
+    """What a run was made on and with."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": hardware.cpu_model,
+        "threads": hardware.threads,
+        "instruction_sets": sorted(hardware.instruction_sets),
+        "memory_bytes": hardware.memory_bytes,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _identity(prepared: Prepared) -> dict[str, str]:
+    """What must be the same for a checkpoint to be gone on from."""
+    config = prepared.config.model_copy(update={"output": None})
+    data = hashlib.sha256()
+    for sample in (*prepared.data.train, *prepared.data.validation):
+        data.update(repr((sample.tokens, sample.trained)).encode())
+    return {
+        "config": hashlib.sha256(dump(config).encode()).hexdigest(),
+        "data": data.hexdigest(),
+        "model": prepared.source.fingerprint(),
+    }
+
+
+def _resume_point(
+    folder: RunFolder, identity: dict[str, str], resume: bool, say: Callable[[str], None]
+) -> Path | None:
+    if not resume:
+        if list_checkpoints(folder.checkpoints) or folder.summary_file.exists():
+            raise InputError(
+                "holds a run already; give another folder, or go on with that run: --resume", where=folder.path
+            )
+        return None
+    found, damaged = newest_whole(folder.checkpoints)
+    for sentence in damaged:
+        say(f"{sentence}; it is not used")
+    if found is None:
+        raise InputError("there is no checkpoint to go on from", where=folder.path)
+    before = read_identity(found)
+    changed = [name for name in identity if before.get(name) != identity[name]]
+    if changed:
+        raise InputError(
+            f"the {' and the '.join(changed)} changed since {found.name} was saved; a resumed run must be the same run",
+            where=folder.path,
+        )
+    say(f"going on from {found.name}")
+    return found

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fitune.data import load_training_data
+from fitune.data.report import length_histogram
+from fitune.data.split import split_share
+from fitune.errors import InputError
+
+
+@dataclass
+class Source:
+    path: str
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass
+class Settings:
+    train: list[Source]
+    validation: str | float | None = None
+    system: str | None = None
+    train_on: Any = "assistant"
+    max_tokens: int = 1024
+    over_length: Any = "error"
+
+
+def questions(path: Path, count: int, first: int = 0) -> Path:
+    records = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(first, first + count)]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def test_real_alpaca_end_to_end(shared_data: Path, smollm2_tokenizer: Any) -> None:
+    path = shared_data / "llamafactory_demo" / "alpaca_en_demo.json"
+    data = load_training_data(Settings([Source(str(path))], validation=0.05), smollm2_tokenizer, seed=1)
+    report = data.report
+    assert (report.samples, report.cut, report.dropped, report.nothing_to_train) == (999, 0, 0, 0)
+    assert len(data.train) + len(data.validation) == 999
+    assert abs(len(data.validation) - 50) <= 1
+    end = smollm2_tokenizer.eos_token_id
+    for sample in [*data.train, *data.validation]:
+        trained = [token for token, flag in zip(sample.tokens, sample.trained, strict=True) if flag]
+        assert trained[-1] == end
+        assert trained.count(end) == 1
+        assert not any(sample.trained[: sample.trained.index(True)])
+    assert not {sample.tokens for sample in data.train} & {sample.tokens for sample in data.validation}
+    assert report.tokens == sum(map(len, [*data.train, *data.validation]))
+    assert sum(count for _, count in report.lengths) == 999
+    assert json.loads(json.dumps(report.as_json()))["trained_tokens"] == report.trained_tokens
+    again = load_training_data(Settings([Source(str(path))], validation=0.05), smollm2_tokenizer, seed=1)
+    assert again == data
+    other = load_training_data(Settings([Source(str(path))], validation=0.05), smollm2_tokenizer, seed=2)
+    assert other.validation != data.validation
+
+
+def test_report_shows_what_is_trained(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = questions(tmp_path / "a.jsonl", 3)
+    report = load_training_data(Settings([Source(str(path))]), smollm2_tokenizer).report
+    view = report.views[0]
+    assert [piece.text for piece in view.pieces if piece.is_trained] == ["It is 0.<|im_end|>"]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.as_rich())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "⟦It is 0.<|im_end|>⟧" in shown
+    assert "3 samples, format question_answer" in shown
+
+
+def test_duplicates_are_listed_and_never_straddle(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = questions(tmp_path / "a.jsonl", 40)
+    path.write_text((path.read_text() + "\n") * 3, encoding="utf-8")
+    data = load_training_data(Settings([Source(str(path))], validation=0.2), smollm2_tokenizer)
+    assert data.report.duplicates == 80
+    assert data.report.problems[0].message == f"the same sample as {path} line 1"
+    assert data.report.problems[0].line == 41
+    assert len(data.validation) == 24
+    assert not {s.tokens for s in data.train} & {s.tokens for s in data.validation}
+
+
+def test_split_share() -> None:
+    train, held_out = split_share(list("aabbccddee"), 0.2, seed=0)
+    assert sorted([*train, *held_out]) == list(range(10))
+    assert len(held_out) == 2
+    assert split_share(list("aabbccddee"), 0.2, seed=0) == (train, held_out)
+    with pytest.raises(InputError, match="too few"):
+        split_share(["a", "a"], 0.5, seed=0)
+
+
+def test_validation_files(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    train, valid = questions(tmp_path / "a.jsonl", 10), questions(tmp_path / "b.jsonl", 4, first=8)
+    data = load_training_data(Settings([Source(str(train))], validation=str(valid)), smollm2_tokenizer)
+    assert (len(data.train), len(data.validation), data.report.leaked) == (10, 4, 2)
+    assert {(item.file, item.line) for item in data.report.problems} == {(str(valid), 1), (str(valid), 2)}
+    with pytest.raises(InputError, match=r"same file as data.train\[0\]"):
+        load_training_data(Settings([Source(str(train))], validation=str(train)), smollm2_tokenizer)
+    copied = questions(tmp_path / "c.jsonl", 10)
+    with pytest.raises(InputError, match="every validation sample is also a training sample"):
+        load_training_data(Settings([Source(str(train))], validation=str(copied)), smollm2_tokenizer)
+
+
+def test_weights_repeat_and_thin_out(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    one, two = questions(tmp_path / "a.jsonl", 10), questions(tmp_path / "b.jsonl", 10, first=10)
+    sources = [Source(str(one), weight=2.5), Source(str(two), weight=0.3)]
+    data = load_training_data(Settings(sources), smollm2_tokenizer)
+    counts = Counter(sample.origin for sample in data.train)
+    assert sorted(counts[origin] for origin in counts if origin and origin.path == str(one)) == [2] * 5 + [3] * 5
+    assert [counts[origin] for origin in counts if origin and origin.path == str(two)] == [1] * 3
+    assert (data.report.samples, data.report.train_samples) == (20, 28)
+
+
+def test_system_and_train_on_reach_the_samples(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = questions(tmp_path / "a.jsonl", 2)
+    data = load_training_data(Settings([Source(str(path))], system="Short.", train_on="all"), smollm2_tokenizer)
+    assert smollm2_tokenizer.decode(list(data.train[0].tokens)).startswith("<|im_start|>system\nShort.<|im_end|>")
+    assert data.report.trained_tokens == data.report.tokens - 2
+
+
+def test_it_fails_closed(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = questions(tmp_path / "a.jsonl", 30)
+    with pytest.raises(InputError, match=r"a.jsonl line 1: .* tokens, but a row holds 16") as caught:
+        load_training_data(Settings([Source(str(path))], max_tokens=16), smollm2_tokenizer)
+    assert caught.value.problems[-1] == "and 10 more samples"
+    with pytest.raises(InputError, match="30 were dropped for their length; 0 are left"):
+        load_training_data(Settings([Source(str(path))], max_tokens=16, over_length="drop"), smollm2_tokenizer)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 2, encoding="utf-8")
+    with pytest.raises(InputError, match="2 of 2 samples have no token to train") as caught:
+        load_training_data(Settings([Source(str(asked))]), smollm2_tokenizer)
+    assert "asked.jsonl line 2: no token of it would be trained" in str(caught.value)
+    tokenizer = copy.deepcopy(smollm2_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(InputError, match="in 30 of 30 samples a trained answer has no end-of-turn token"):
+        load_training_data(Settings([Source(str(path))]), tokenizer)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n", encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_training_data(Settings([Source(str(bad)), Source(str(tmp_path / "none.json"))]), smollm2_tokenizer)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_few_samples_without_trained_tokens_are_left_out_and_listed(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    turns = [
+        [{"role": "user", "content": str(n)}, {"role": "assistant", "content": ["", "x"][n > 0]}] for n in range(120)
+    ]
+    turns[7].pop()
+    path.write_text("\n".join(json.dumps({"messages": one}) for one in turns), encoding="utf-8")
+    report = load_training_data(Settings([Source(str(path))]), smollm2_tokenizer).report
+    assert (report.nothing_to_train, report.empty, report.train_samples) == (1, 1, 119)
+    assert {(item.line, item.message) for item in report.problems} == {
+        (1, "an answer is empty"),
+        (8, "no token of it would be trained; left out"),
+    }
+
+
+def test_dropped_samples_are_listed(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = questions(tmp_path / "a.jsonl", 3)
+    long = json.dumps({"question": "long " * 200, "answer": "x"})
+    path.write_text(path.read_text() + "\n" + long, encoding="utf-8")
+    report = load_training_data(
+        Settings([Source(str(path))], max_tokens=100, over_length="drop"), smollm2_tokenizer
+    ).report
+    assert (report.samples, report.dropped, report.train_samples) == (4, 1, 3)
+    assert report.problems[0].line == 4
+    assert "dropped" in report.problems[0].message
+
+
+def test_length_histogram() -> None:
+    assert length_histogram([3, 16, 17, 200]) == ((16, 2), (32, 1), (64, 0), (128, 0), (256, 1))
+    assert length_histogram([]) == ()
