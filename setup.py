@@ -16,8 +16,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
            "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # fmt: skip
+# The element-wise kernels round after every operation, as the reference does (NF4's scales must have its very
+# bits); attention's products may contract a multiplication and an addition into one.
+EXACT, CONTRACT = ["-ffp-contract=off"], ["-ffp-contract=fast"]
 # One object per instruction set, compiled with its own flags and nothing more (a machine may lack the rest).
 SETS = {
     "x86_64": {
@@ -47,10 +50,11 @@ class BuildKernels(build_ext):
         compiler = os.environ.get("CXX", "c++").split()
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        units = {"dispatch": [], "kernels_scalar": []}
+        units = {"dispatch": [], "kernels_scalar": EXACT, "attention_scalar": CONTRACT}
         machine = "aarch64" if platform.machine() == "arm64" else platform.machine()
         for name, flags in SETS.get(machine, {}).items():
-            units[f"kernels_{name}"] = flags
+            units[f"kernels_{name}"] = [*flags, *EXACT]
+            units[f"attention_{name}"] = [*flags, *CONTRACT]
         extra = os.environ.get("FITUNE_CXXFLAGS", "").split()
         objects = []
         for unit, flags in units.items():

@@ -13,6 +13,15 @@ extern const FituneKernels fitune_kernels_neon;
 
 extern "C" __attribute__((visibility("default"))) int fitune_abi(void) { return FITUNE_ABI; }
 
+// Two transposed copies, three copies in rows, two blocks of queries, two of scores and one of results, each
+// with room for what a product writes past its end (attention.inc); the forward pass needs less.
+extern "C" __attribute__((visibility("default"))) int64_t fitune_attention_floats(int64_t tokens, int64_t d,
+                                                                                   int backward) {
+  int64_t wide = (d + 31) / 32 * 32, long_ = (tokens + 31) / 32 * 32 + 32, pad = 32, queries = 32;
+  int64_t one = d * long_ + tokens * wide + queries * (wide + long_ + wide + pad) + 4 * pad;
+  return backward ? one + d * long_ + 2 * tokens * wide + queries * (wide + long_) + 8 * pad : one;
+}
+
 extern "C" __attribute__((visibility("default"))) const char *fitune_available(void) {
 #if defined(__x86_64__)
   // The compiler's run-time support reads cpuid and XCR0, so that a set the operating system does not save

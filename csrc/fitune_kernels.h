@@ -3,7 +3,8 @@
  * Legend: M rows (tokens), C hidden width, F feed-forward width, V vocabulary, D head dimension.
  * `kind` of a floating-point buffer: 0 float32, 1 bfloat16 (as uint16_t), 2 float16 (as uint16_t).
  * Every pointer is to contiguous memory and may lie at any alignment that its element type allows.
- * `threads` is the number of OpenMP threads to use. Results depend on it nowhere.
+ * `threads` is the number of OpenMP threads to use. Results are the same from run to run; only `split` (of
+ * attention_backward), which a caller may choose by the number of threads, changes the order of a sum.
  */
 #ifndef FITUNE_KERNELS_H
 #define FITUNE_KERNELS_H
@@ -14,9 +15,33 @@
 extern "C" {
 #endif
 
-enum { FITUNE_ABI = 1 };
+enum { FITUNE_ABI = 2 };
 enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
 enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
+
+/* Where a tensor [rows, tokens, heads, D] lies: D is contiguous, the strides are in elements. */
+typedef struct FituneStrides {
+  int64_t row, token, head;
+} FituneStrides;
+
+/* A document of packed rows: its tokens [start, stop) within row `row`, and the tokens [prefix_start,
+ * prefix_stop) of the same row that come before them (empty: none), which it attends to as its own beginning. */
+typedef struct FituneDocument {
+  int32_t row, start, stop, prefix_start, prefix_stop;
+} FituneDocument;
+
+#define FITUNE_ATTENTION_ARGUMENTS                                                                         \
+  const void *q, FituneStrides q_strides, const void *k, FituneStrides k_strides, const void *v,           \
+      FituneStrides v_strides, int kind, int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads,    \
+      int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale,     \
+      void *out, float *lse, float *workspace, int threads
+
+#define FITUNE_ATTENTION_BACKWARD_ARGUMENTS                                                                \
+  const void *q, FituneStrides q_strides, const void *k, FituneStrides k_strides, const void *v,           \
+      FituneStrides v_strides, int kind, int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads,    \
+      int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale,     \
+      const void *out, const void *grad_out, const float *lse, void *grad_q, void *grad_k, void *grad_v,   \
+      int64_t split, float *workspace, int threads
 
 typedef struct FituneKernels {
   const char *instruction_set;
@@ -58,9 +83,22 @@ typedef struct FituneKernels {
   void (*rotate)(const void *x, int kind, int64_t tokens, int64_t heads, int64_t d, int64_t half,
                  int64_t token_stride, int64_t head_stride, const float *cos, const float *sin, int inverse,
                  void *out, int threads);
+
+  /* Causal attention within documents: out, lse[rows, heads, tokens] = log of each query's sum of e^score.
+   * A key counts if it is at most `window` - 1 positions back (window 0: any distance). Positions count from the
+   * prefix's first token. workspace: threads * fitune_attention_floats(tokens, d, 0) float32. */
+  void (*attention)(FITUNE_ATTENTION_ARGUMENTS);
+
+  /* Its gradients [rows, tokens, heads or kv_heads, D], contiguous. `split` (1, or heads / kv_heads) spreads the
+   * queries that share a key head over so many tasks. workspace: threads * fitune_attention_floats(tokens, d, 1)
+   * + 2 * rows * kv_heads * split * tokens * roundup(d, 32) float32. */
+  void (*attention_backward)(FITUNE_ATTENTION_BACKWARD_ARGUMENTS);
 } FituneKernels;
 
 int fitune_abi(void);
+
+/* Scratch that one thread needs for attention, in float32 values. */
+int64_t fitune_attention_floats(int64_t tokens, int64_t d, int backward);
 
 /* The instruction sets this build has kernels for and this machine (CPU and operating system) can run, best
  * first, separated by spaces. */

@@ -1,3 +1,3 @@
-#define FITUNE_NAME fitune_kernels_avx2
-#define FITUNE_INSTRUCTION_SET "avx2"
+#define FITUNE_SET avx2
+#include "names.inc"
 #include "kernels.inc"

@@ -1,3 +1,3 @@
-#define FITUNE_NAME fitune_kernels_neon
-#define FITUNE_INSTRUCTION_SET "neon"
+#define FITUNE_SET neon
+#include "names.inc"
 #include "kernels.inc"

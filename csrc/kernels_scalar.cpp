@@ -1,3 +1,3 @@
-#define FITUNE_NAME fitune_kernels_scalar
-#define FITUNE_INSTRUCTION_SET "scalar"
+#define FITUNE_SET scalar
+#include "names.inc"
 #include "kernels.inc"

@@ -73,9 +73,7 @@ def save_adapter(model: PeftModel, folder: Path, base: dict[str, str]) -> None:
         config = model.peft_config[ADAPTER].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         config["inference_mode"] = True
-        text = json.dumps(
-            config, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value))
-        )
+        text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value)))
         (beside / "adapter_config.json").write_text(text + "\n")
         (beside / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
         for path in beside.iterdir():

@@ -1,4 +1,4 @@
-"""A micro-batch as the model sees it: tokens, positions, document bounds, and a weight for every target."""
+"""A micro-batch as the model sees it: tokens, positions, documents, and a weight for every target."""
 
 from __future__ import annotations
 
@@ -14,19 +14,32 @@ class Batch:
 
     Attributes:
         tokens: [B, T] int64.
-        positions: [B, T] int64, restarting at 0 with every document.
+        positions: [B, T] int64, from 0 at the beginning of every document's prefix, or its own.
         weights: [B, T] float32: what the log-probability of *this* token, given those before it in its
-            document, counts in the loss. 0 for prompts, padding and the first token of every document.
-        bounds: [n + 1] int32: where documents begin in the flattened rows; bounds[0] = 0, bounds[-1] = B*T.
-            Padding at a row's end is a document of its own with weight 0; no document crosses a row.
+            document, counts in the loss. 0 for prompts, padding and the first token after every document's beginning.
+        documents: [n, 5] int32, one line each: row, start, stop (tokens of that row), and prefix_start,
+            prefix_stop: the tokens of the same row that the document continues and attends to (equal: none).
+            Every token belongs to one document; padding at a row's end is one of weight 0.
     """
 
     tokens: Tensor
     positions: Tensor
     weights: Tensor
-    bounds: Tensor
+    documents: Tensor
 
     @property
     def trained_tokens(self) -> int:
         """How many tokens have a non-zero weight."""
         return int(torch.count_nonzero(self.weights))
+
+    @property
+    def bounds(self) -> Tensor:
+        """[n + 1] int32: where documents begin in the flattened rows, and the end.
+
+        Raises ValueError where documents share prefixes: they do not lie in one piece then.
+        """
+        if bool((self.documents[:, 3] != self.documents[:, 4]).any()):
+            raise ValueError("documents that share a prefix have no bounds")
+        width = self.tokens.shape[1]
+        starts = self.documents[:, 0] * width + self.documents[:, 1]
+        return torch.cat([starts, torch.tensor([self.tokens.numel()], dtype=torch.int32)])

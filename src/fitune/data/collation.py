@@ -1,44 +1,84 @@
-"""Rows of encoded samples in, one micro-batch of tensors out."""
+"""Rows of samples in, a Batch of tensors out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
 from fitune.data.batch import Batch
 from fitune.data.encoding import EncodedSample
 
+ROUND_TOKENS = 64
 
-def collate(rows: Sequence[Sequence[EncodedSample]], row_tokens: int, pad_id: int) -> Batch:
-    """B rows of samples -> a Batch [B, T], T being the longest row's tokens (at most `row_tokens`).
 
-    T is not rounded up: what a kernel needs in alignment it pads itself, where it costs no attention.
+def collate(
+    rows: Sequence[Sequence[EncodedSample]], row_tokens: int, pad_id: int,
+    shared: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> Batch:  # fmt: skip
+    """B rows of samples -> a Batch [B, T], T being the longest row's tokens rounded up, at most `row_tokens`.
+
+    Rounding makes the batches of a run the same size or nearly, so that memory freed by one fits the next.
+
+    Args:
+        shared: for each sample of each row (group, tokens): neighbours of the same group (not -1) share so many
+            first tokens, which are laid down once. None: nothing is shared.
 
     Raises:
         ValueError: there are no rows, a row or sample is empty, or a row is longer than `row_tokens`.
     """
     if not rows or not all(row and all(len(sample) for sample in row) for row in rows):
         raise ValueError("a batch needs at least one row, and a row at least one sample that is not empty")
-    used = [sum(len(sample) for sample in row) for row in rows]
-    longest = max(used)
+    laid = [_lay_out(row, shared[number] if shared else None) for number, row in enumerate(rows)]
+    longest = max(pieces[-1].stop for pieces in laid)
     if longest > row_tokens:
         raise ValueError(f"a row of {longest} tokens, but rows hold {row_tokens}")
+    longest = min(row_tokens, -(-longest // ROUND_TOKENS) * ROUND_TOKENS)
     tokens = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     positions = torch.zeros((len(rows), longest), dtype=torch.int64)
     weights = torch.zeros((len(rows), longest), dtype=torch.float32)
-    bounds = [0]
-    for number, row in enumerate(rows):
-        start = 0
-        for sample in row:
-            end = start + len(sample)
-            tokens[number, start:end] = torch.tensor(sample.tokens)
-            positions[number, start:end] = torch.arange(end - start)
-            weights[number, start:end] = torch.tensor(sample.trained, dtype=torch.float32)
-            weights[number, start] = 0.0  # nothing in its document precedes the first token
-            bounds.append(number * longest + end)
-            start = end
-        if start < longest:
-            positions[number, start:] = torch.arange(longest - start)
-            bounds.append((number + 1) * longest)
-    return Batch(tokens, positions, weights, torch.tensor(bounds, dtype=torch.int32))
+    documents = []
+    for number, pieces in enumerate(laid):
+        for piece in pieces:
+            own = slice(piece.start, piece.stop)
+            part = slice(piece.skip, piece.skip + piece.stop - piece.start)
+            tokens[number, own] = torch.tensor(piece.sample.tokens[part])
+            positions[number, own] = torch.arange(part.start, part.stop)
+            weights[number, own] = torch.tensor(piece.sample.trained[part], dtype=torch.float32)
+            weights[number, piece.start] = 0.0  # nothing in its document, or no single token, precedes it
+            documents.append((number, piece.start, piece.stop, *piece.prefix))
+        stop = pieces[-1].stop
+        if stop < longest:
+            positions[number, stop:] = torch.arange(longest - stop)
+            documents.append((number, stop, longest, 0, 0))
+    return Batch(tokens, positions, weights, torch.tensor(documents, dtype=torch.int32))
+
+
+class _Piece:
+    """A stretch of a row: tokens `skip`, `skip` + 1, ... of `sample` at [start, stop), continuing `prefix`."""
+
+    __slots__ = ("prefix", "sample", "skip", "start", "stop")
+
+    def __init__(
+        self, sample: EncodedSample, skip: int, length: int, start: int, prefix: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.sample, self.skip, self.start, self.stop, self.prefix = sample, skip, start, start + length, prefix
+
+
+def _lay_out(row: Sequence[EncodedSample], shared: Sequence[tuple[int, int]] | None) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    place = 0
+    kinds = shared if shared is not None else [(-1, 0)] * len(row)
+    for (group, common), run in groupby(zip(row, kinds, strict=True), key=lambda item: item[1]):
+        members = [sample for sample, _ in run]
+        prefix = (0, 0)
+        if group >= 0 and len(members) > 1:
+            pieces.append(_Piece(members[0], 0, common, place))
+            prefix = (place, place + common)
+            place += common
+        for sample in members:
+            skip = prefix[1] - prefix[0]
+            pieces.append(_Piece(sample, skip, len(sample) - skip, place, prefix))
+            place = pieces[-1].stop
+    return pieces

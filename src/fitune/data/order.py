@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fitune.data.encoding import EncodedSample
 from fitune.data.packing import pack as packed
+from fitune.data.prefixes import Prefixes
 
 # Packing draws from so many shuffled samples at a time: enough to fill rows, few enough that epochs differ.
 _PACKED_TOGETHER = 2048
@@ -17,12 +18,14 @@ _SORTED_TOGETHER = 32
 
 
 def epoch_rows(
-    samples: Sequence[EncodedSample], row_tokens: int, micro_batch: int, seed: int, epoch: int, pack: bool
-) -> list[list[int]]:
+    samples: Sequence[EncodedSample], row_tokens: int, micro_batch: int, seed: int, epoch: int, pack: bool,
+    prefixes: Prefixes | None = None,
+) -> list[list[int]]:  # fmt: skip
     """Rows of sample indices for one epoch, every sample exactly once; `micro_batch` rows after another are one.
 
     The same arguments give the same rows, on every machine; another epoch or seed gives another order, and
-    other samples together.
+    other samples together. With `prefixes`, packed samples of one group lie side by side and their prefix counts
+    once.
 
     Raises:
         ValueError: a sample is longer than `row_tokens`.
@@ -38,12 +41,30 @@ def epoch_rows(
         return _by_length(order, lengths, micro_batch, chance)
     rows = []
     for window in _windows(order, sum(lengths), row_tokens):
-        for row in packed([lengths[index] for index in window], row_tokens):
-            chosen = [window[place] for place in row]
-            chance.shuffle(chosen)  # or each row would begin with its longest document
-            rows.append(chosen)
+        blocks = _blocks(window, lengths, row_tokens, prefixes or Prefixes.none(len(samples)))
+        for row in packed([tokens for tokens, _ in blocks], row_tokens):
+            chosen = [blocks[place][1] for place in row]
+            for members in (chosen, *chosen):  # or each row would begin with its longest document
+                chance.shuffle(members)
+            rows.append([index for members in chosen for index in members])
     chance.shuffle(rows)
     return rows
+
+
+def _blocks(
+    window: list[int], lengths: list[int], row_tokens: int, prefixes: Prefixes
+) -> list[tuple[int, list[int]]]:
+    """(tokens, samples) of what must lie side by side: samples of one group, as many as a row holds, or one."""
+    groups: dict[int, list[int]] = {}
+    for index in window:
+        groups.setdefault(prefixes.group[index], []).append(index)
+    blocks = [(lengths[index], [index]) for index in groups.pop(-1, [])]
+    for group, members in sorted(groups.items()):
+        common = prefixes.tokens[group]
+        own = [lengths[index] - common for index in members]
+        for block in packed(own, row_tokens - common):
+            blocks.append((common + sum(own[place] for place in block), [members[place] for place in block]))
+    return blocks
 
 
 def _windows(order: list[int], tokens: int, row_tokens: int) -> list[list[int]]:

@@ -19,9 +19,7 @@ from fitune.kernels import contract
 CHUNK_TOKENS = 128
 
 
-def token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str
-) -> Tensor:
+def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str) -> Tensor:
     """hidden [N, C], head weight [V, C], targets [N] -> log p(target | hidden) [N], float32, differentiable."""
     out: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, backend)
     return out

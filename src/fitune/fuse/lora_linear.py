@@ -27,12 +27,7 @@ class FusedLoraLinear(PeftLinear):
     def adapter_in_use(self) -> str | None:
         """The adapter the fused pass can compute with now; None: none, or something it does not cover."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if (
-            self.disable_adapters
-            or self.merged
-            or len(active) != 1
-            or self.lora_variant.get(active[0]) is not None
-        ):
+        if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant.get(active[0]) is not None:
             return None
         dropout = self.lora_dropout[active[0]]
         if isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training:

@@ -47,19 +47,17 @@ class FusedModel:
         Only those positions go through the output head.
         """
         chosen = batch.weights.reshape(-1).nonzero().squeeze(1)
-        logprobs = self.logprobs_at(batch.tokens, batch.positions, tuple(batch.bounds.tolist()), chosen)
+        logprobs = self.logprobs_at(batch.tokens, batch.positions, batch.documents, chosen)
         return logprobs, batch.weights.reshape(-1)[chosen]
 
-    def logprobs_at(
-        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], chosen: Tensor
-    ) -> Tensor:
+    def logprobs_at(self, tokens: Tensor, positions: Tensor, documents: Tensor, chosen: Tensor) -> Tensor:
         """Log-probabilities [n] of the tokens at the places `chosen` [n] of the flattened rows [B, T]."""
         targets = tokens.reshape(-1)[chosen]
         # The hidden state that predicts a token is the one before it; a document's first token has no weight.
         before = chosen - 1
         inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
         if "attention" in self.report.replaced:
-            inputs["document_bounds"] = bounds
+            inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
         with torch.autocast("cpu", dtype=self.dtype, enabled=wide):
             if "head" in self.report.replaced:

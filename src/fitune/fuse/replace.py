@@ -40,7 +40,7 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     _replace(decoder, "norm", lambda m: fused_norm_candidates(m, backend), _norm_width, dtype, report, proofs)
     _replace(decoder, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
-    _replace_attention(model, report)
+    _replace_attention(model, backend, report)
     return report
 
 
@@ -105,9 +105,7 @@ class _trained_adapter:
 
     def __init__(self, module: nn.Module) -> None:
         self._factors = [
-            parameter
-            for name, parameter in module.named_parameters()
-            if "lora_B" in name and parameter.dim() == 2
+            parameter for name, parameter in module.named_parameters() if "lora_B" in name and parameter.dim() == 2
         ]
 
     def __enter__(self) -> None:
@@ -123,20 +121,11 @@ class _trained_adapter:
                 parameter.copy_(saved)
 
 
-def _replace_attention(model: PreTrainedModel, report: FusionReport) -> None:
-    """Attention by documents, where every layer is plain causal attention or a sliding window of it."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    reason = None
-    if not getattr(model, "_supports_attention_backend", False):
-        reason = "does not take another attention function"
-    elif not kinds <= {"full_attention", "sliding_attention"}:
-        reason = f"layers of kinds {', '.join(sorted(kinds))}"
-    elif getattr(config, "attn_logit_softcapping", None):
-        reason = "scores are capped"
+def _replace_attention(model: PreTrainedModel, backend: str, report: FusionReport) -> None:
+    reason = attention.obstacle(model)
     if reason is not None:
         report.left["attention"] = reason
         return
     attention.register()
-    model.set_attn_implementation(attention.NAME)
-    report.replaced["attention"] = int(getattr(config, "num_hidden_layers", 1))
+    model.set_attn_implementation(attention.NAMES[backend])
+    report.replaced["attention"] = int(getattr(model.config, "num_hidden_layers", 1))

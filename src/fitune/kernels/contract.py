@@ -88,3 +88,23 @@ def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Any:
 @_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Any:
     return x.new_empty(x.shape)
+
+
+@_operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor documents, int window, float scale, str backend) "
+    "-> (Tensor, Tensor)"
+)
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> Any:
+    rows, tokens, heads, width = q.shape
+    return q.new_empty(rows, tokens, heads, width), q.new_empty(rows, heads, tokens, dtype=torch.float32)
+
+
+@_operator(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor documents, "
+    "int window, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, window: int,
+    scale: float,
+) -> Any:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

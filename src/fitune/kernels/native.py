@@ -16,11 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
+
+class _Strides(ctypes.Structure):
+    _fields_ = [("row", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]  # noqa: RUF012
+
+
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_HEADS = (_P, _Strides, _P, _Strides, _P, _Strides, _I, _L, _L, _L, _L, _L, _P, _L, _L, _F)
 # The fields of FituneKernels, in order: name -> argument types.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nf4_quantise": (_P, _I, _L, _P, _P, _I),
@@ -31,6 +37,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gated_activation_backward": (_P, _P, _P, _I, _I, _L, _P, _P, _P, _I),
     "token_logprob": (_P, _I, _P, _L, _L, _I, _P, _I),
     "rotate": (_P, _I, _L, _L, _L, _L, _L, _L, _P, _P, _I, _P, _I),
+    "attention": (*_HEADS, _P, _P, _P, _I),
+    "attention_backward": (*_HEADS, _P, _P, _P, _P, _P, _P, _L, _P, _I),
 }
 
 
@@ -52,33 +60,32 @@ class NativeStatus:
 
 
 @functools.cache
-def _load() -> tuple[_Table | None, NativeStatus]:
+def _load() -> tuple[_Table | None, NativeStatus, Any]:
     path = Path(__file__).with_name("libfitune_kernels.so")
     if not path.is_file():
-        return None, NativeStatus(
-            False, None, "not built: no C++ compiler was found when fitune was installed", None
-        )
+        reason = "not built: no C++ compiler was found when fitune was installed"
+        return None, NativeStatus(False, None, reason, None), None
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return None, NativeStatus(False, None, f"cannot be loaded: {error}", str(path))
+        return None, NativeStatus(False, None, f"cannot be loaded: {error}", str(path)), None
     library.fitune_abi.restype = ctypes.c_int
     if library.fitune_abi() != ABI:
         reason = f"built for interface {library.fitune_abi()}, this package needs {ABI}: install fitune again"
-        return None, NativeStatus(False, None, reason, str(path))
+        return None, NativeStatus(False, None, reason, str(path)), None
+    library.fitune_attention_floats.restype = ctypes.c_int64
+    library.fitune_attention_floats.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     library.fitune_available.restype = ctypes.c_char_p
     library.fitune_kernels.restype = ctypes.POINTER(_Table)
     library.fitune_kernels.argtypes = [ctypes.c_char_p]
     available = library.fitune_available().decode().split()
     wanted = os.environ.get("FITUNE_INSTRUCTION_SET")
     if wanted is not None and wanted not in available:
-        reason = (
-            f"FITUNE_INSTRUCTION_SET={wanted} cannot run here (this machine can run {', '.join(available)})"
-        )
-        return None, NativeStatus(False, None, reason, str(path))
+        reason = f"FITUNE_INSTRUCTION_SET={wanted} cannot run here (this machine can run {', '.join(available)})"
+        return None, NativeStatus(False, None, reason, str(path)), None
     name = wanted or available[0]
     why = "chosen by FITUNE_INSTRUCTION_SET" if wanted else f"best of {', '.join(available)}"
-    return library.fitune_kernels(name.encode()).contents, NativeStatus(True, name, why, str(path))
+    return library.fitune_kernels(name.encode()).contents, NativeStatus(True, name, why, str(path)), library
 
 
 def status() -> NativeStatus:
@@ -87,7 +94,7 @@ def status() -> NativeStatus:
 
 
 def _table() -> _Table:
-    table, state = _load()
+    table, state, _ = _load()
     if table is None:
         raise RuntimeError(f"native kernels: {state.reason}")
     return table
@@ -95,9 +102,7 @@ def _table() -> _Table:
 
 def _pointer(tensor: Tensor) -> int:
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(
-            f"a native kernel got a {'strided' if tensor.device.type == 'cpu' else 'foreign'} tensor"
-        )
+        raise ValueError(f"a native kernel got a {'strided' if tensor.device.type == 'cpu' else 'foreign'} tensor")
     return tensor.data_ptr()
 
 
@@ -194,3 +199,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         _pointer(cos), _pointer(sin), int(inverse), _pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _heads(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float
+) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """The arguments that both passes share, and the tensors that must stay alive while they are used."""
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    rows, tokens, heads, width = q.shape
+    arguments: list[Any] = []
+    for x in (q, k, v):
+        arguments += [x.data_ptr(), _Strides(x.stride(0), x.stride(1), x.stride(2))]
+    arguments += [
+        KINDS[q.dtype], rows, tokens, heads, k.shape[2], width, _pointer(documents), documents.shape[0], window, scale
+    ]  # fmt: skip
+    return arguments, (q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    rows, tokens, heads, width = q.shape
+    arguments, _alive = _heads(q, k, v, documents, window, scale)
+    threads = torch.get_num_threads()
+    out = torch.empty(rows, tokens, heads, width, dtype=q.dtype)
+    lse = torch.empty(rows, heads, tokens, dtype=torch.float32)
+    workspace = torch.empty(threads * _load()[2].fitune_attention_floats(tokens, width, 0), dtype=torch.float32)
+    _table().attention(*arguments, _pointer(out), _pointer(lse), _pointer(workspace), threads)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, tokens, heads, width = q.shape
+    kv_heads = k.shape[2]
+    arguments, _alive = _heads(q, k, v, documents, window, scale)
+    grad_out = grad_out.contiguous()
+    threads = torch.get_num_threads()
+    # Key heads are the natural tasks; where they do not keep the threads evenly busy, query heads are.
+    even = rows * kv_heads % threads == 0 or rows * kv_heads >= 4 * threads
+    split = 1 if even else heads // kv_heads
+    grad_q = torch.empty(rows, tokens, heads, width, dtype=q.dtype)
+    grad_k, grad_v = (torch.empty(rows, tokens, kv_heads, width, dtype=q.dtype) for _ in range(2))
+    floats = threads * _load()[2].fitune_attention_floats(tokens, width, 1)
+    floats += 2 * rows * kv_heads * split * tokens * (-(-width // 32) * 32)
+    workspace = torch.empty(floats, dtype=torch.float32)
+    _table().attention_backward(
+        *arguments, _pointer(out), _pointer(grad_out), _pointer(lse), _pointer(grad_q), _pointer(grad_k),
+        _pointer(grad_v), split, _pointer(workspace), threads,
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v

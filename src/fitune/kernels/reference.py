@@ -48,9 +48,7 @@ def nf4_dequantise(
     n = 1
     for size in shape:
         n *= size
-    absmax = (
-        table[absmax_codes.long()] * nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax_codes.numel()]
-    )
+    absmax = table[absmax_codes.long()] * nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax_codes.numel()]
     absmax = absmax + torch.tensor(offset, dtype=torch.float32, device=codes.device)
     return (values[index[:n]] * absmax.repeat_interleave(BLOCK)[:n]).to(dtype).view(shape)
 
@@ -111,3 +109,58 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     wide = x.float()
     a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1).to(x.dtype)
+
+
+def _document_parts(document: list[int], window: int, device: torch.device) -> tuple[int, slice, Tensor, Tensor]:
+    """Row, own tokens, indices of the keys [P + L] and which of them each of the L queries sees [L, P + L]."""
+    row, start, stop, prefix_start, prefix_stop = document
+    keys = torch.cat([torch.arange(prefix_start, prefix_stop), torch.arange(start, stop)]).to(device)
+    prefix = prefix_stop - prefix_start
+    position = torch.arange(prefix + stop - start, device=device)
+    distance = position[prefix:].unsqueeze(1) - position
+    seen = (distance >= 0) & (distance < window) if window else distance >= 0
+    return row, slice(start, stop), keys, seen
+
+
+def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """q [L, H, D], k [S, K, D] -> [H, L, S] float32, -inf where not seen."""
+    group = q.shape[1] // k.shape[1]
+    wide = k.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("lhd,shd->hls", q.float(), wide) * scale
+    return scores.masked_fill(~seen, float("-inf"))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    rows, tokens, heads, _ = q.shape
+    group = heads // k.shape[2]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.zeros(rows, heads, tokens, device=q.device)
+    for document in documents.tolist():
+        row, own, keys, seen = _document_parts(document, window, q.device)
+        scores = _scores(q[row, own], k[row, keys], seen, scale)
+        lse[row, :, own] = scores.logsumexp(-1)
+        values = v[row, keys].float().repeat_interleave(group, dim=1)
+        out[row, own] = torch.einsum("hls,shd->lhd", scores.softmax(-1), values).to(out.dtype)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    group = q.shape[2] // k.shape[2]
+    grad_q = torch.zeros(q.shape, device=q.device)
+    grad_k, grad_v = (torch.zeros(k.shape, device=k.device) for _ in range(2))
+    for document in documents.tolist():
+        row, own, keys, seen = _document_parts(document, window, q.device)
+        weights = (_scores(q[row, own], k[row, keys], seen, scale) - lse[row, :, own].unsqueeze(-1)).exp()
+        grad = grad_out[row, own].float()
+        values = v[row, keys].float().repeat_interleave(group, dim=1)
+        delta = (grad * out[row, own].float()).sum(-1).t().unsqueeze(-1)
+        slopes = weights * (torch.einsum("lhd,shd->hls", grad, values) - delta) * scale
+        wide_keys = k[row, keys].float().repeat_interleave(group, dim=1)
+        grad_q[row, own] = torch.einsum("hls,shd->lhd", slopes, wide_keys)
+        for into, part, other in ((grad_k, slopes, q[row, own].float()), (grad_v, weights, grad)):
+            each = torch.einsum("hls,lhd->shd", part, other)
+            into[row].index_add_(0, keys, each.unflatten(1, (-1, group)).sum(2))
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

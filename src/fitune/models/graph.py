@@ -25,9 +25,7 @@ def build_graph(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
-        raise InputError(
-            f"transformers has no causal language model for {config.model_type!r}: {error}"
-        ) from error
+        raise InputError(f"transformers has no causal language model for {config.model_type!r}: {error}") from error
     _compute_buffers(model)
     return model
 
@@ -51,9 +49,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
         value = module._buffers[name]
         assert value is not None
         if value.is_floating_point() and not is_fake(value) and bool(value.isnan().any()):
-            raise FituneError(
-                f"{type(module).__name__}.{name} is not computed by transformers' initialisation"
-            )
+            raise FituneError(f"{type(module).__name__}.{name} is not computed by transformers' initialisation")
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -54,9 +54,7 @@ class Store:
     @property
     def plain(self) -> list[str]:
         """Names of the parameters that stayed in 16 or 32 bits."""
-        beside = {
-            name for base in self.quantised for name in (base, *(f"{base}.{part}" for part in SUFFIXES))
-        }
+        beside = {name for base in self.quantised for name in (base, *(f"{base}.{part}" for part in SUFFIXES))}
         return [name for name in self.weight_map if name not in beside]
 
     def tensor(self, name: str) -> Tensor:

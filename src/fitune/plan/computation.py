@@ -43,7 +43,5 @@ def choose_computation(config: RunConfig, hardware: Hardware) -> Computation:
     backend = "native" if state.available and config.train.backend != "reference" else "reference"
     name = str(dtype).removeprefix("torch.")
     why = f"{name} ({'asked for' if asked != 'auto' else 'the processor computes it' if has_bfloat16 else 'no bfloat16 here'})"
-    kernels = (
-        f"kernels: {state.instruction_set}" if backend == "native" else f"no native kernels ({state.reason})"
-    )
+    kernels = f"kernels: {state.instruction_set}" if backend == "native" else f"no native kernels ({state.reason})"
     return Computation(dtype, backend, config.train.threads or hardware.threads, f"{why}, {kernels}")

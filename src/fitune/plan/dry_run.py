@@ -27,13 +27,13 @@ class Shape:
     document_tokens: int
     trained: int
 
-    def bounds(self) -> tuple[int, ...]:
-        """Where documents begin, and the end."""
-        row = [*range(0, self.tokens, self.document_tokens)]
-        return (
-            *(r * self.tokens + start for r in range(self.rows) for start in row),
-            self.rows * self.tokens,
-        )
+    def documents(self) -> torch.Tensor:
+        """The documents of the rows, as a Batch has them."""
+        starts = range(0, self.tokens, self.document_tokens)
+        lines = [
+            (row, s, min(self.tokens, s + self.document_tokens), 0, 0) for row in range(self.rows) for s in starts
+        ]
+        return torch.tensor(lines, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelBytes:
 
 
 def _step(model: FusedModel, optimizer: torch.optim.Optimizer, shape: Shape) -> None:
-    _forward(model, shape).backward()  # type: ignore[no-untyped-call]
+    _forward(model, shape).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -70,7 +70,7 @@ def _step(model: FusedModel, optimizer: torch.optim.Optimizer, shape: Shape) -> 
 def _forward(model: FusedModel, shape: Shape) -> torch.Tensor:
     tokens = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64)
     chosen = torch.arange(1, max(2, shape.trained + 1))
-    return -model.logprobs_at(tokens, torch.zeros_like(tokens), shape.bounds(), chosen).sum()
+    return -model.logprobs_at(tokens, torch.zeros_like(tokens), shape.documents(), chosen).sum()
 
 
 def step_memory(
@@ -86,7 +86,7 @@ def step_memory(
         live.reset_peak()
         loss = _forward(model, shape)
         saved = live.current - states
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         del loss
         optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,10 @@ from fitune.plan.dry_run import ModelBytes, Shape, StepMemory, step_memory, step
 from fitune.process_memory import resident_bytes
 
 
+# Far enough apart that what a layer costs stands out from the noise.
+PROBE_LAYERS = (1, 5)
+
+
 @dataclass(frozen=True)
 class Item:
     """One number of the plan. `origin` is one of: you, default, model, data, derived, dry run, probe, machine."""
@@ -88,10 +92,7 @@ def make_plan(
     arguments = (shape, computation.dtype, computation.backend)
     measured = [step_memory(run, config, count, *arguments) for count in (1, 2)]
     weights = ModelBytes(
-        *(
-            _extend(getattr(measured[0][0], n), getattr(measured[1][0], n), layers)
-            for n in ("frozen", "trained")
-        )
+        *(_extend(getattr(measured[0][0], n), getattr(measured[1][0], n), layers) for n in ("frozen", "trained"))
     )
     step = StepMemory(
         *(_extend(getattr(measured[0][1], n), getattr(measured[1][1], n), layers) for n in ("optimizer", "saved", "peak")),
@@ -111,8 +112,9 @@ def make_plan(
     peak = overhead + weights.frozen + weights.trained + step.peak
     seconds = 0.0
     if with_time:
-        one, two = (step_seconds(run, config, count, *arguments) for count in (1, 2))
-        seconds = (one + max(0.0, two - one) * (layers - 1)) * run.train.accumulation
+        few, more = PROBE_LAYERS
+        one, two = (step_seconds(run, config, min(count, layers), *arguments) for count in (few, more))
+        seconds = (one + max(0.0, two - one) / (more - few) * (layers - few)) * run.train.accumulation
     steps_seconds = seconds * workload.tokens / max(1, shape.rows * tokens * run.train.accumulation)
     settings = (
         Item("rank", run.lora.rank, "", "you" if "rank" in run.lora.model_fields_set else "default"),

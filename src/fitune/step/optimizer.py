@@ -20,9 +20,7 @@ def make_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
     if name != "adamw8bit":
-        raise InputError(
-            f"no optimizer called {name!r} (there are adamw and adamw8bit)", where="train.optimizer"
-        )
+        raise InputError(f"no optimizer called {name!r} (there are adamw and adamw8bit)", where="train.optimizer")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

@@ -50,9 +50,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.rename(beside, path)
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskFullError(
-                f"the disk ran full while {path} was written; nothing was kept of it"
-            ) from error
+            raise DiskFullError(f"the disk ran full while {path} was written; nothing was kept of it") from error
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

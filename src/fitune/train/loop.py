@@ -18,9 +18,10 @@ from fitune.data.batch import Batch
 from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
 from fitune.data.order import epoch_rows
+from fitune.data.prefixes import Prefixes
 from fitune.errors import FituneError, Interrupted
 from fitune.fuse.model import FusedModel
-from fitune.process_memory import resident_bytes
+from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import update
@@ -29,6 +30,9 @@ from fitune.train.run_folder import RunFolder
 
 # LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
 LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5}
+
+# Often enough to hold the heap's growth to a few per cent, seldom enough to cost none of the speed.
+TRIM_EVERY_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Rows:
         samples: encoded.
         row_tokens: how many tokens a row holds.
         micro_batch: rows to a micro-batch; accumulation: micro-batches to a step.
+        prefixes: beginnings that packed samples share.
     """
 
     samples: Sequence[EncodedSample]
@@ -75,23 +80,26 @@ class Rows:
     seed: int
     pack: bool
     pad_id: int
+    prefixes: Prefixes
 
     def epoch(self, number: int) -> list[list[list[int]]]:
         """The steps of an epoch, each a list of rows of sample indices; the last may be smaller."""
-        rows = epoch_rows(self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack)
+        rows = epoch_rows(
+            self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack, self.prefixes
+        )
         size = self.micro_batch * self.accumulation
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def batches(self, rows: Sequence[Sequence[int]]) -> list[Batch]:
         """The micro-batches of one step."""
-        return [
-            collate(
-                [[self.samples[index] for index in row] for row in rows[start : start + self.micro_batch]],
-                self.row_tokens,
-                self.pad_id,
-            )
-            for start in range(0, len(rows), self.micro_batch)
-        ]
+        batches = []
+        for start in range(0, len(rows), self.micro_batch):
+            part = rows[start : start + self.micro_batch]
+            groups = [[self.prefixes.group[index] for index in row] for row in part]
+            shared = [[(group, self.prefixes.tokens[group] if group >= 0 else 0) for group in row] for row in groups]
+            samples = [[self.samples[index] for index in row] for row in part]
+            batches.append(collate(samples, self.row_tokens, self.pad_id, shared))
+        return batches
 
     def steps(self, epochs: float, limit: int | None) -> Iterator[tuple[float, list[list[int]]]]:
         """(epoch as a fraction after the step, rows) for every step of the run."""
@@ -143,7 +151,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def validation_loss(model: FusedModel, samples: Sequence[EncodedSample], rows: Rows) -> float:
     """Mean loss over the trained tokens of `samples`; leaves the model as it found it."""
-    whole = replace(rows, samples=samples, accumulation=1)
+    whole = replace(rows, samples=samples, accumulation=1, prefixes=Prefixes.none(len(samples)))
     was_training = model.graph.training
     model.graph.eval()
     total, weight = 0.0, 0.0
@@ -225,6 +233,8 @@ def run_loop(
                     round(progress.seconds, 3),
                 )  # fmt: skip
             )
+            if progress.step % TRIM_EVERY_STEPS == 0:
+                give_back_free_memory()
             last = progress.step == steps
             if validation and (last or _due(progress.step, settings.validate_every_steps)):
                 record(ValidationRecord(progress.step, validation_loss(model, validation, rows)))

@@ -54,9 +54,7 @@ def build_for_answers(
     else:
         graph = build_dense(source, dtype, trainable=False)
     graph.name_or_path = source.reference
-    adapted = (
-        None if adapter is None else load_adapter(graph, adapter, source.fingerprint(), fused_lora_layer)
-    )
+    adapted = None if adapter is None else load_adapter(graph, adapter, source.fingerprint(), fused_lora_layer)
     model = prepare(graph, adapted, dtype, backend)
     graph.eval()
     return model

@@ -18,11 +18,14 @@ from fitune.adapters.lora import adapter_digest, save_adapter
 from fitune.config import dump
 from fitune.config.schema import RunConfig
 from fitune.data.dataset import TrainingData, load_training_data
+from fitune.data.prefixes import Prefixes, find_prefixes
 from fitune.errors import InputError
+from fitune.fuse.attention import obstacle
 from fitune.fuse.model import FusedModel
 from fitune.fuse.replace import FusionReport
 from fitune.hardware import Hardware, detect
 from fitune.models.find import find_model
+from fitune.models.graph import build_graph
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress as StoreProgress
 from fitune.plan.computation import Computation, choose_computation
@@ -86,17 +89,28 @@ def prepare_run(config: RunConfig) -> Prepared:
         )
     data = load_training_data(config.data, tokenizer, config.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    shares = config.data.pack and obstacle(build_graph(source.config, computation.dtype)) is None
+    prefixes = find_prefixes(data.train) if shares else Prefixes.none(len(data.train))
     rows = Rows(
         data.train, _row_tokens(config, data), config.train.micro_batch, config.train.accumulation, config.seed,
-        config.data.pack, int(pad or 0),
+        config.data.pack, int(pad or 0), prefixes,
     )  # fmt: skip
-    tokens = sum(len(sample) for sample in data.train)
-    trained = sum(sample.trained_tokens for sample in data.train)
-    first = rows.epoch(0)
-    per_step = sum(max(sum(len(rows.samples[i]) for i in row) for row in step) * len(step) for step in first) / len(first)
-    steps = count_steps(rows, config.train.epochs, config.train.steps)
-    workload = Workload(steps, round(steps * per_step), tokens // len(data.train), trained / tokens, rows.row_tokens)
+    workload = _workload(config, rows)
     return Prepared(config, hardware, source, computation, data, rows, workload)
+
+
+def _workload(config: RunConfig, rows: Rows) -> Workload:
+    """What the run's steps hold, counted on the rows of the first epoch."""
+    first = rows.epoch(0)
+    batches = [batch for step in first for batch in rows.batches(step)]
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    documents = sum(len(batch.documents) for batch in batches)
+    trained = sum(batch.trained_tokens for batch in batches)
+    steps = count_steps(rows, config.train.epochs, config.train.steps)
+    return Workload(
+        steps, round(steps * tokens / len(first)), max(1, tokens // documents), trained / tokens,
+        max(batch.tokens.shape[1] for batch in batches),
+    )  # fmt: skip
 
 
 def _row_tokens(config: RunConfig, data: TrainingData) -> int:

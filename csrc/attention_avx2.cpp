@@ -1,0 +1,3 @@
+#define FITUNE_SET avx2
+#include "names.inc"
+#include "attention.inc"

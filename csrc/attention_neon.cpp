@@ -1,0 +1,3 @@
+#define FITUNE_SET neon
+#include "names.inc"
+#include "attention.inc"

@@ -1,0 +1,3 @@
+#define FITUNE_SET scalar
+#include "names.inc"
+#include "attention.inc"
