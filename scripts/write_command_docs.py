@@ -6,6 +6,7 @@ Run it after changing a command: python scripts/write_command_docs.py
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,15 +21,24 @@ Exit codes: 0 good, 2 something in the input cannot be used, 130 stopped by the 
 """
 
 
+def _sections(group: Any, context: Any, above: str) -> list[str]:
+    """One section for each command of a group, and for those inside it."""
+    parts = []
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        inner = type(context)(command, parent=context, info_name=name, terminal_width=100)
+        parts.append(f"## {above} {name}\n\n```text\n{command.get_help(inner).strip()}\n```\n")
+        if hasattr(command, "list_commands"):
+            parts += _sections(command, inner, f"{above} {name}")
+    return parts
+
+
 def command_docs() -> str:
     """The page's text."""
     group = typer.main.get_command(app)
     context = group.make_context("fitune", ["--debug"], resilient_parsing=True, terminal_width=100)
     parts = [HEAD, f"## fitune\n\n```text\n{group.get_help(context).strip()}\n```\n"]
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        inner = type(context)(command, parent=context, info_name=name, terminal_width=100)
-        parts.append(f"## fitune {name}\n\n```text\n{command.get_help(inner).strip()}\n```\n")
+    parts += _sections(group, context, "fitune")
     return "\n".join(parts)
 
 

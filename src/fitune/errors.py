@@ -44,7 +44,7 @@ class DiskFullError(FituneError):
     """The disk ran full, or would; nothing half-written was left in place of something whole."""
 
 
-class Interrupted(FituneError):
+class Interrupted(FituneError):  # noqa: N818 - it is no error
     """The user asked to stop (Ctrl-C or SIGTERM); the message says what was saved and how to go on."""
 
     exit_code = 130

@@ -32,10 +32,12 @@ def test_every_verb_has_a_file_and_a_place_on_the_page() -> None:
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():
-        assert f"## fitune {name}\n" in page
-        assert command.help
-        for option in command.params:
-            assert getattr(option, "help", None) or "--help" in option.opts, f"{name} {option.opts} has no help"
+        inner = getattr(command, "commands", {})
+        for title, each in {name: command, **{f"{name} {below}": part for below, part in inner.items()}}.items():
+            assert f"## fitune {title}\n" in page
+            assert each.help
+            for option in each.params:
+                assert getattr(option, "help", None) or "--help" in option.opts, f"{title} {option.opts} has no help"
     files = {path.stem for path in (ROOT / "src/fitune/cli").glob("*.py")} - {"__init__", "output"}
     registered = {function.callback.__module__.rpartition(".")[2] for function in app.registered_commands}  # type: ignore[union-attr]
     assert registered <= files

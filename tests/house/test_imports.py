@@ -22,7 +22,7 @@ LEVELS = [
     ["models"],
     ["quant"],
     ["kernels"],
-    ["config", "hardware", "process_memory"],
+    ["atomic", "config", "hardware", "process_memory"],
     ["errors"],
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fitune.adapters.targets import target_names
+from fitune.atomic import new_folder
 from fitune.errors import InputError
 
 BASE_FILE = "base.json"
@@ -49,12 +47,7 @@ def inject(
     found = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     if len(found) != len(names):
         raise RuntimeError(f"PEFT adapted {len(found)} of {len(names)} layers")
-    return adapted  # type: ignore[no-any-return]
-
-
-def short_targets(names: list[str]) -> list[str]:
-    """Last parts of the targets' names, as PEFT adapters usually list them; whole names where that is ambiguous."""
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
+    return adapted
 
 
 def save_adapter(model: PeftModel, folder: Path, base: dict[str, str]) -> None:
@@ -62,31 +55,18 @@ def save_adapter(model: PeftModel, folder: Path, base: dict[str, str]) -> None:
 
     `base` says what the adapter belongs to (`reference`, `fingerprint`). The folder appears whole or not at all.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        state = {
-            name: value.detach().to(torch.float32).contiguous().clone()
-            for name, value in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
-        }
+    state = {
+        name: value.detach().to(torch.float32).contiguous().clone()
+        for name, value in get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()
+    }
+    config = model.peft_config[ADAPTER].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config["inference_mode"] = True
+    text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value)))
+    with new_folder(folder, replace=True) as beside:
         save_file(state, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = model.peft_config[ADAPTER].to_dict()
-        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        config["inference_mode"] = True
-        text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value)))
         (beside / "adapter_config.json").write_text(text + "\n")
         (beside / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
-        for path in beside.iterdir():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-        os.chmod(beside, 0o755)
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_base(folder: Path) -> dict[str, str] | None:
@@ -135,19 +115,19 @@ def load_adapter(
         )
     except Exception as error:
         raise InputError(f"the adapter does not fit this model: {error}", where=folder) from error
-    have = set(get_peft_model_state_dict(adapted, adapter_name=ADAPTER))
+    have = set(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False))
     if keys != have:
         odd = sorted(keys ^ have)
         raise InputError(
             f"{len(odd)} tensors of the adapter and the model do not match, such as {odd[0]}", where=folder
         )
-    return adapted  # type: ignore[no-any-return]
+    return adapted
 
 
 def adapter_digest(model: PeftModel) -> str:
     """A hash over the adapter's exact bits, in name order."""
     digest = hashlib.sha256()
-    for name, value in sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER).items()):
+    for name, value in sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

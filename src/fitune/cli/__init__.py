@@ -6,17 +6,19 @@ Exit codes: 0 good, 2 the user's input, 130 stopped by the user, 1 our failure.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from fitune import __version__
-from fitune.cli import doctor, init
+from fitune.cli import chat, doctor, evaluate, init, merge, models, plan, quickstart, train
 from fitune.errors import FituneError
 
 app = typer.Typer(
@@ -30,7 +32,14 @@ app = typer.Typer(
 )
 
 # The verbs, in the order in which --help lists them. Verb files import other rooms inside `command`.
+app.command("quickstart")(quickstart.command)
 app.command("init")(init.command)
+app.command("plan")(plan.command)
+app.command("train")(train.command)
+app.command("evaluate")(evaluate.command)
+app.command("chat")(chat.command)
+app.command("merge")(merge.command)
+app.add_typer(models.group, name="models")
 app.command("doctor")(doctor.command)
 
 _asked_for_traceback = False
@@ -40,6 +49,17 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"fitune {__version__}")
         raise typer.Exit
+
+
+# Whose warnings are for programmers (deprecations, a missing optional package) and say nothing about the run.
+_LIBRARIES = ("bitsandbytes", "peft", "transformers", "torch")
+
+
+def _quieten_libraries() -> None:
+    """Keeps other packages' warnings off the screen; --debug shows them."""
+    for name in _LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.callback()
@@ -52,6 +72,8 @@ def _options(
 ) -> None:
     global _asked_for_traceback
     _asked_for_traceback = debug
+    if not debug:
+        _quieten_libraries()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -46,6 +46,8 @@ def collate(
             tokens[number, own] = torch.tensor(piece.sample.tokens[part])
             positions[number, own] = torch.arange(part.start, part.stop)
             weights[number, own] = torch.tensor(piece.sample.trained[part], dtype=torch.float32)
+            if piece.skip and piece.sample.trained[piece.skip]:
+                raise ValueError("a sample's first token after a shared beginning is trained")
             weights[number, piece.start] = 0.0  # nothing in its document, or no single token, precedes it
             documents.append((number, piece.start, piece.stop, *piece.prefix))
         stop = pieces[-1].stop
@@ -74,6 +76,11 @@ def _lay_out(row: Sequence[EncodedSample], shared: Sequence[tuple[int, int]] | N
         members = [sample for sample, _ in run]
         prefix = (0, 0)
         if group >= 0 and len(members) > 1:
+            beginning = members[0].tokens[:common]
+            if any(len(one) <= common or one.tokens[:common] != beginning for one in members):
+                raise ValueError(f"samples of group {group} do not share their first {common} tokens")
+            if any(any(one.trained[:common]) for one in members):
+                raise ValueError(f"a shared beginning of group {group} is trained")
             pieces.append(_Piece(members[0], 0, common, place))
             prefix = (place, place + common)
             place += common

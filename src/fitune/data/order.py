@@ -44,7 +44,8 @@ def epoch_rows(
         blocks = _blocks(window, lengths, row_tokens, prefixes or Prefixes.none(len(samples)))
         for row in packed([tokens for tokens, _ in blocks], row_tokens):
             chosen = [blocks[place][1] for place in row]
-            for members in (chosen, *chosen):  # or each row would begin with its longest document
+            chance.shuffle(chosen)  # or each row would begin with its longest document
+            for members in chosen:
                 chance.shuffle(members)
             rows.append([index for members in chosen for index in members])
     chance.shuffle(rows)

@@ -62,10 +62,11 @@ def find_prefixes(samples: Sequence[EncodedSample]) -> Prefixes:
     for index in order:
         limit = _untrained_beginning(samples[index])
         if members:
-            common = min(_common(samples[members[-1]].tokens, samples[index].tokens), limit)
-            least = max(LEAST_PREFIX_TOKENS, LEAST_KEPT_SHARE * shared)
-            if min(common, shared) >= least or (len(members) == 1 and common >= LEAST_PREFIX_TOKENS):
-                shared = min(common, shared)
+            common = min(_common(samples[members[-1]].tokens, samples[index].tokens), limit, shared)
+            # A group's first sample shares nothing yet, so nothing is lost by what the second cuts off.
+            least = LEAST_KEPT_SHARE * shared if len(members) > 1 else 0
+            if common >= max(LEAST_PREFIX_TOKENS, least):
+                shared = common
                 members.append(index)
                 continue
         close()

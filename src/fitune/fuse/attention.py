@@ -7,6 +7,9 @@ that would change the result and is not known here is refused, not ignored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ NAMES = {"native": "fitune_documents_native", "reference": "fitune_documents_ref
 # Keywords that attention functions are given and that do not change what is computed here.
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "return_dict", "num_items_in_batch", "is_causal", "position_embeddings", "output_router_logits",
+    "return_dict", "num_items_in_batch", "position_embeddings", "output_router_logits",
     "past_key_values", "labels",
 }  # fmt: skip
 _KINDS = {"full_attention", "sliding_attention"}
@@ -55,7 +58,7 @@ def _attention_of(backend: str) -> Any:
     def document_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-        documents: Tensor | None = None, **kwargs: Any,
+        documents: Tensor | None = None, is_causal: bool | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """query [B, H, T, D], key and value [B, K, S, D] -> [B, T, H, D].
 
@@ -64,8 +67,17 @@ def _attention_of(backend: str) -> Any:
         unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
         if unknown or dropout:
             raise FituneError(f"attention does not cover {unknown or 'dropout'} ({type(module).__name__})")
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise FituneError(f"attention that is not causal is not covered ({type(module).__name__})")
+        # A rotary embedding computed in float32 leaves queries and keys wider than the values.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if documents is not None:
+            if not query.shape[-1] == key.shape[-1] == value.shape[-1] or query.shape[2] != key.shape[2]:
+                raise FituneError(
+                    f"attention does not cover queries {tuple(query.shape)}, keys {tuple(key.shape)}, "
+                    f"values {tuple(value.shape)} ({type(module).__name__})"
+                )
             out = _DocumentAttention.apply(
                 *(x.transpose(1, 2) for x in (query, key, value)), documents, sliding_window or 0, scale, backend
             )
@@ -99,9 +111,22 @@ class _DocumentAttention(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+_DOCUMENTS_GIVEN: ContextVar[bool] = ContextVar("documents_given", default=False)
+
+
+@contextmanager
+def documents_given() -> Iterator[None]:
+    """Inside, every forward pass is given `documents`, and no mask is built: they say it all."""
+    token = _DOCUMENTS_GIVEN.set(True)
+    try:
+        yield
+    finally:
+        _DOCUMENTS_GIVEN.reset(token)
+
+
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask for whole causal sequences (the attention function sees to them); transformers' own otherwise."""
-    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+    """No mask where documents are given; transformers' own otherwise (None for whole causal sequences)."""
+    if _DOCUMENTS_GIVEN.get() and attention_mask is None:
         return None
     mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
     return mask

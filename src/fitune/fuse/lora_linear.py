@@ -17,7 +17,7 @@ from fitune.fuse.lora_product import LoraProduct
 # LoRA variants change the formula; PEFT's own layers handle them.
 _VARIANTS = (
     "use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config",
-    "mica", "kasa_config", "lora_bias", "fan_in_fan_out",
+    "mica", "kasa_config", "lora_bias", "fan_in_fan_out", "use_qalora",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fitune.data.batch import Batch
+from fitune.errors import FituneError
+from fitune.fuse.attention import documents_given
 from fitune.fuse.head import token_logprobs
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
@@ -59,7 +62,8 @@ class FusedModel:
         if "attention" in self.report.replaced:
             inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
-        with torch.autocast("cpu", dtype=self.dtype, enabled=wide):
+        by_documents = documents_given() if "documents" in inputs else nullcontext()
+        with torch.autocast("cpu", dtype=self.dtype, enabled=wide), by_documents:
             if "head" in self.report.replaced:
                 hidden = self.graph.get_decoder()(**inputs).last_hidden_state
             else:
@@ -101,7 +105,7 @@ def _head_obstacle(model: FusedModel) -> str | None:
             logits = graph(input_ids=tokens, use_cache=False).logits[0].float()
             hidden = graph.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
             found = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (TypeError, AttributeError, RuntimeError, ValueError, FituneError) as error:
         return f"cannot be compared: {error}"
     finally:
         graph.train(was_training)

@@ -14,11 +14,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fitune.errors import FituneError
 from fitune.fuse import attention
 from fitune.fuse.gated_mlp import fused_mlp_candidates
 from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.norm import fused_norm_candidates
 from fitune.fuse.prove import prove
+
+PROOF_TOKENS = 24
+# Through all layers, in the dtype of the computation: rounding in bfloat16 adds up, a wrong mask shows at 0.1.
+ATTENTION_TOLERANCE = 5e-2
 
 
 @dataclass
@@ -40,7 +45,7 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     _replace(decoder, "norm", lambda m: fused_norm_candidates(m, backend), _norm_width, dtype, report, proofs)
     _replace(decoder, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
-    _replace_attention(model, backend, report)
+    _replace_attention(model, backend, report, proofs)
     return report
 
 
@@ -81,7 +86,7 @@ def _replace(
         if signature not in proven:
             proven[signature] = None if proofs else 0
             reasons: list[str] = []
-            with _trained_adapter(module):
+            with _TrainedAdapter(module):
                 for number, option in enumerate(options if proofs else ()):
                     verdict = prove(module, option, width(module), dtype)
                     reasons.append(verdict.reason)
@@ -100,7 +105,7 @@ def _replace(
         report.replaced[part] += 1
 
 
-class _trained_adapter:
+class _TrainedAdapter:
     """For the length of a proof, gives every LoRA B of `module` values: at zero they would prove nothing."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -121,11 +126,43 @@ class _trained_adapter:
                 parameter.copy_(saved)
 
 
-def _replace_attention(model: PreTrainedModel, backend: str, report: FusionReport) -> None:
+def _replace_attention(model: PreTrainedModel, backend: str, report: FusionReport, proofs: bool) -> None:
     reason = attention.obstacle(model)
     if reason is not None:
         report.left["attention"] = reason
         return
     attention.register()
+    before = model.config._attn_implementation
+    expected = _hidden(model, None) if proofs else None
     model.set_attn_implementation(attention.NAMES[backend])
+    if expected is not None:
+        documents = torch.tensor([[0, 0, PROOF_TOKENS, 0, 0]], dtype=torch.int32)
+        try:
+            distance = float((_hidden(model, documents) - expected).norm() / expected.norm().clamp(min=1e-30))
+            reason = None if distance <= ATTENTION_TOLERANCE else f"the model's output differs by {distance:.1e}"
+        except (FituneError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"cannot be compared: {error}"
+        if reason is not None:
+            model.set_attn_implementation(before)
+            report.left["attention"] = reason
+            return
     report.replaced["attention"] = int(getattr(model.config, "num_hidden_layers", 1))
+
+
+def _hidden(model: PreTrainedModel, documents: torch.Tensor | None) -> torch.Tensor:
+    """Last hidden states [T, C] of one random sequence, float32; by documents, or as the model does it itself."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (1, PROOF_TOKENS), generator=generator)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if documents is None:
+                out = model.get_decoder()(input_ids=tokens, use_cache=False)
+            else:
+                with attention.documents_given():
+                    out = model.get_decoder()(input_ids=tokens, use_cache=False, documents=documents)
+    finally:
+        model.train(was_training)
+    hidden: torch.Tensor = out.last_hidden_state[0].float()
+    return hidden

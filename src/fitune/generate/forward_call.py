@@ -59,7 +59,15 @@ def call(model: nn.Module, parameters: frozenset[str], tokens: Tensor, **inputs:
         arguments["logits_to_keep"] = 1
     if "use_cache" in parameters:
         arguments["use_cache"] = "past_key_values" in arguments
-    return model(input_ids=tokens, **arguments).logits[:, -1]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return model(input_ids=tokens, **arguments).logits[:, -1]
+    # The last tokens of B rows lie apart; torch's linear would copy the head's weight B times for such an input.
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        return model(input_ids=tokens, **arguments).logits[:, -1]
+    finally:
+        hook.remove()
 
 
 @contextmanager

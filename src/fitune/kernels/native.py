@@ -22,7 +22,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class _Strides(ctypes.Structure):
-    _fields_ = [("row", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]  # noqa: RUF012
+    _fields_ = [("row", ctypes.c_int64), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
 
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -100,9 +100,14 @@ def _table() -> _Table:
     return table
 
 
-def _pointer(tensor: Tensor) -> int:
+def _pointer(tensor: Tensor, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> int:
+    """The address of a contiguous CPU tensor; native code trusts what it is told, so dtype and shape are checked."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(f"a native kernel got a {'strided' if tensor.device.type == 'cpu' else 'foreign'} tensor")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"a native kernel got a tensor of {tensor.dtype} where it reads {dtype}")
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"a native kernel got a tensor {tuple(tensor.shape)} where it reads {tuple(shape)}")
     return tensor.data_ptr()
 
 
@@ -122,9 +127,14 @@ def nf4_dequantise(
     shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(shape, dtype=dtype)
+    n = out.numel()
+    blocks = -(-n // 64)
+    if codes.numel() != (n + 1) // 2:
+        raise ValueError(f"{codes.numel()} bytes of codes for {n} weights")
     _table().nf4_dequantise(
-        _pointer(codes), _pointer(absmax_codes), _pointer(nested_absmax), _pointer(table), offset,
-        out.numel(), _pointer(out), KINDS[dtype], torch.get_num_threads(),
+        _pointer(codes, torch.uint8), _pointer(absmax_codes, torch.uint8, (blocks,)),
+        _pointer(nested_absmax, torch.float32, (-(-blocks // 256),)), _pointer(table, torch.float32, (256,)), offset,
+        n, _pointer(out), KINDS[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -136,7 +146,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tenso
     out = torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     _table().rms_norm(
-        _pointer(x), _pointer(weight), KINDS[x.dtype], rows, width, eps, shift, _pointer(out), _pointer(rstd),
+        _pointer(x), _pointer(weight, shape=(width,)), KINDS[x.dtype], rows, width, eps, shift, _pointer(out),
+        _pointer(rstd),
         torch.get_num_threads(),
     )  # fmt: skip
     return out, rstd
@@ -148,8 +159,9 @@ def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
     rows = x.numel() // width if width else 0
     grad_x = torch.empty_like(x)
     _table().rms_norm_backward(
-        _pointer(grad_out), _pointer(x), _pointer(weight), _pointer(rstd), KINDS[x.dtype], rows, width, shift,
-        _pointer(grad_x), torch.get_num_threads(),
+        _pointer(grad_out, x.dtype, x.shape), _pointer(x), _pointer(weight, shape=(width,)),
+        _pointer(rstd, torch.float32, x.shape[:-1]), KINDS[x.dtype], rows, width, shift, _pointer(grad_x),
+        torch.get_num_threads(),
     )  # fmt: skip
     return grad_x
 
@@ -158,8 +170,8 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     _table().gated_activation(
-        _pointer(gate), _pointer(up), KINDS[gate.dtype], ACTIVATIONS[activation], gate.numel(), _pointer(out),
-        torch.get_num_threads(),
+        _pointer(gate), _pointer(up, gate.dtype, gate.shape), KINDS[gate.dtype], ACTIVATIONS[activation],
+        gate.numel(), _pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -170,8 +182,9 @@ def gated_activation_backward(
     grad_out, gate, up = grad_out.contiguous(), gate.contiguous(), up.contiguous()
     out, grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     _table().gated_activation_backward(
-        _pointer(grad_out), _pointer(gate), _pointer(up), KINDS[gate.dtype], ACTIVATIONS[activation],
-        gate.numel(), _pointer(grad_gate), _pointer(grad_up), _pointer(out), torch.get_num_threads(),
+        _pointer(grad_out, gate.dtype, gate.shape), _pointer(gate), _pointer(up, gate.dtype, gate.shape),
+        KINDS[gate.dtype], ACTIVATIONS[activation], gate.numel(), _pointer(grad_gate), _pointer(grad_up),
+        _pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return grad_gate, grad_up, out
 
@@ -183,20 +196,24 @@ def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     targets = targets.contiguous()
     logprob = torch.empty(rows, dtype=torch.float32)
     _table().token_logprob(
-        _pointer(logits), KINDS[logits.dtype], _pointer(targets), rows, width, int(with_gradient),
-        _pointer(logprob), torch.get_num_threads(),
+        _pointer(logits), KINDS[logits.dtype], _pointer(targets, torch.int64, (rows,)), rows, width,
+        int(with_gradient), _pointer(logprob), torch.get_num_threads(),
     )  # fmt: skip
     return logprob
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     tokens, heads, width = x.shape
+    half = cos.shape[-1]
+    if 2 * half > width:
+        raise ValueError(f"{2 * half} columns to rotate, and a head has {width}")
     if x.stride(2) != 1:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     _table().rotate(
-        x.data_ptr(), KINDS[x.dtype], tokens, heads, width, cos.shape[-1], x.stride(0), x.stride(1),
-        _pointer(cos), _pointer(sin), int(inverse), _pointer(out), torch.get_num_threads(),
+        x.data_ptr(), KINDS[x.dtype], tokens, heads, width, half, x.stride(0), x.stride(1),
+        _pointer(cos, torch.float32, (tokens, half)), _pointer(sin, torch.float32, (tokens, half)), int(inverse),
+        _pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -207,13 +224,32 @@ def _heads(
     """The arguments that both passes share, and the tensors that must stay alive while they are used."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     rows, tokens, heads, width = q.shape
+    kv_heads = k.shape[2]
+    if k.shape != (rows, tokens, kv_heads, width) or v.shape != k.shape or heads % kv_heads:
+        raise ValueError(f"attention of queries {tuple(q.shape)} to keys {tuple(k.shape)}, values {tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention of {q.dtype} queries to {k.dtype} keys and {v.dtype} values")
+    _check_documents(documents, rows, tokens)
     arguments: list[Any] = []
     for x in (q, k, v):
         arguments += [x.data_ptr(), _Strides(x.stride(0), x.stride(1), x.stride(2))]
     arguments += [
-        KINDS[q.dtype], rows, tokens, heads, k.shape[2], width, _pointer(documents), documents.shape[0], window, scale
+        KINDS[q.dtype], rows, tokens, heads, kv_heads, width, _pointer(documents), documents.shape[0], window, scale
     ]  # fmt: skip
     return arguments, (q, k, v)
+
+
+def _check_documents(documents: Tensor, rows: int, tokens: int) -> None:
+    """Documents lie inside the rows, their prefixes before them, and together they hold every token."""
+    _pointer(documents, torch.int32, (documents.shape[0], 5))
+    row, start, stop, prefix_start, prefix_stop = documents.long().unbind(1)
+    inside = (row >= 0) & (row < rows) & (start >= 0) & (start < stop) & (stop <= tokens)
+    before = (prefix_start >= 0) & (prefix_start <= prefix_stop) & (prefix_stop <= start)
+    before |= (prefix_start == 0) & (prefix_stop == 0)
+    if not bool((inside & before).all()):
+        raise ValueError(f"documents that do not lie in {rows} rows of {tokens} tokens")
+    if int((stop - start).sum()) != rows * tokens:
+        raise ValueError(f"documents of {int((stop - start).sum())} tokens in {rows} rows of {tokens}")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -245,7 +281,8 @@ def attention_backward(
     floats += 2 * rows * kv_heads * split * tokens * (-(-width // 32) * 32)
     workspace = torch.empty(floats, dtype=torch.float32)
     _table().attention_backward(
-        *arguments, _pointer(out), _pointer(grad_out), _pointer(lse), _pointer(grad_q), _pointer(grad_k),
-        _pointer(grad_v), split, _pointer(workspace), threads,
+        *arguments, _pointer(out, q.dtype, q.shape), _pointer(grad_out, q.dtype, q.shape),
+        _pointer(lse, torch.float32, (rows, heads, tokens)), _pointer(grad_q), _pointer(grad_k), _pointer(grad_v),
+        split, _pointer(workspace), threads,
     )  # fmt: skip
     return grad_q, grad_k, grad_v

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fitune.atomic import new_folder, remove_unfinished
 from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.models.cache import cache_folder, locked
 from fitune.models.graph import build_graph, quantised_names
@@ -92,6 +91,7 @@ def open_store(source: ModelSource, backend: str, progress: Progress | None = No
     if not (folder / MANIFEST).is_file():
         with locked(folder.with_suffix(".lock")):
             if not (folder / MANIFEST).is_file():
+                remove_unfinished(folder)
                 _create(source, folder, backend, progress)
     return _open(folder)
 
@@ -126,23 +126,12 @@ def _create(source: ModelSource, folder: Path, backend: str, progress: Progress 
             f"the store of {source.reference} takes {need_bytes / 1e9:.2f} GB and {folder.parent} has "
             f"{free_bytes / 1e9:.2f} GB free; free some, or set FITUNE_CACHE to a folder on another disk"
         )
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
-    try:
+    with new_folder(folder) as beside:
         _write(source, beside, quantised, [name for name in names if name in expected], backend, progress)
         skipped = [name for name, module in graph.named_modules()
                    if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in quantised]  # fmt: skip
         _write_config(source, beside, skipped)
         _write_manifest(source, beside)
-        os.replace(beside, folder)
-    except OSError as error:
-        if error.errno in (28, 122):  # no space, quota
-            raise DiskFullError(
-                f"the disk of {folder.parent} ran full while the store of {source.reference} was written; "
-                "nothing was kept"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _tied(graph: Any) -> set[str]:
@@ -163,8 +152,11 @@ def check_tensors(source: ModelSource, expected: dict[str, tuple[int, ...]], tie
         if name in expected and source.shape(name) != expected[name]
     ]
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise InputError(shown, where=source.reference)
+        raise InputError(_first(problems), where=source.reference)
+
+
+def _first(problems: list[str]) -> list[str]:
+    return problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
 
 
 def _write(
@@ -174,6 +166,7 @@ def _write(
     groups = _by_layer(names)
     weight_map: dict[str, str] = {}
     total_bytes, done = 0, 0
+    problems: list[str] = []
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
@@ -182,15 +175,20 @@ def _write(
             if value.dtype == torch.float32 and value.dim() > 1:
                 value = value.to(torch.bfloat16)
             if not bool(torch.isfinite(value).all()):
-                raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
+                problems.append(f"tensor {name} holds values that are not finite")
+                continue
             parts = quantise(value, backend).serialised(name) if name in quantised else {name: value}
             tensors.update({key: part.contiguous() for key, part in parts.items()})
             done += 1
             if progress is not None:
                 progress(done, len(names))
+        if problems:  # nothing will be kept; the rest is read only to name all that is wrong
+            continue
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
         total_bytes += sum(part.numel() * part.element_size() for part in tensors.values())
+    if problems:
+        raise InputError(_first(problems), where=source.reference)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
 
@@ -232,7 +230,6 @@ def _write_manifest(source: ModelSource, folder: Path) -> None:
         with open(path, "rb") as handle:
             while block := handle.read(1 << 22):
                 digest.update(block)
-            os.fsync(handle.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     manifest = {
         "format": FORMAT,
@@ -241,7 +238,4 @@ def _write_manifest(source: ModelSource, folder: Path) -> None:
         "note": source.note,
         "files": files,
     }
-    with open(folder / MANIFEST, "w") as handle:
-        json.dump(manifest, handle, indent=2)
-        handle.flush()
-        os.fsync(handle.fileno())
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

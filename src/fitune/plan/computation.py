@@ -42,6 +42,7 @@ def choose_computation(config: RunConfig, hardware: Hardware) -> Computation:
         raise InputError(f"the native kernels cannot run here: {state.reason}", where="train.backend")
     backend = "native" if state.available and config.train.backend != "reference" else "reference"
     name = str(dtype).removeprefix("torch.")
-    why = f"{name} ({'asked for' if asked != 'auto' else 'the processor computes it' if has_bfloat16 else 'no bfloat16 here'})"
+    by_itself = "the processor computes it" if has_bfloat16 else "no bfloat16 here"
+    why = f"{name} ({by_itself if asked == 'auto' else 'asked for'})"
     kernels = f"kernels: {state.instruction_set}" if backend == "native" else f"no native kernels ({state.reason})"
     return Computation(dtype, backend, config.train.threads or hardware.threads, f"{why}, {kernels}")

@@ -87,8 +87,10 @@ def step_memory(
         loss = _forward(model, shape)
         saved = live.current - states
         loss.backward()
-        optimizer.step()
         del loss
+        if run.train.accumulation > 1:  # the next micro-batches find the gradients of those before them
+            _forward(model, shape).backward()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     trained = sum(p.numel() * p.element_size() for p in model.trainable)
     frozen = sum(p.numel() * p.element_size() for p in model.graph.parameters()) - trained

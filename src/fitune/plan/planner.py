@@ -13,7 +13,6 @@ from fitune.plan.computation import Computation
 from fitune.plan.dry_run import ModelBytes, Shape, StepMemory, step_memory, step_seconds
 from fitune.process_memory import resident_bytes
 
-
 # Far enough apart that what a layer costs stands out from the noise.
 PROBE_LAYERS = (1, 5)
 
@@ -85,36 +84,42 @@ def make_plan(
     layers = int(config.num_hidden_layers)
     tokens = workload.row_tokens
     document = max(1, min(workload.mean_document_tokens, tokens))
-    shape = Shape(
-        run.train.micro_batch, tokens, document,
-        min(max(1, round(run.train.micro_batch * tokens * workload.trained_share)), run.train.micro_batch * tokens - 1),
-    )  # fmt: skip
+    places = run.train.micro_batch * tokens
+    trained = min(max(1, round(places * workload.trained_share)), places - 1)
+    shape = Shape(run.train.micro_batch, tokens, document, trained)
     arguments = (shape, computation.dtype, computation.backend)
-    measured = [step_memory(run, config, count, *arguments) for count in (1, 2)]
+    # A model of one layer is measured twice; nothing is extended then.
+    measured = [step_memory(run, config, min(count, layers), *arguments) for count in (1, 2)]
     weights = ModelBytes(
         *(_extend(getattr(measured[0][0], n), getattr(measured[1][0], n), layers) for n in ("frozen", "trained"))
     )
+    one, two = measured[0][1], measured[1][1]
     step = StepMemory(
-        *(_extend(getattr(measured[0][1], n), getattr(measured[1][1], n), layers) for n in ("optimizer", "saved", "peak")),
-        measured[1][1].peak_operator,
-    )  # fmt: skip
-    gradients = weights.trained
-    workspace = max(0, step.peak - step.optimizer - step.saved - gradients)
+        optimizer=_extend(one.optimizer, two.optimizer, layers),
+        saved=_extend(one.saved, two.saved, layers),
+        peak=_extend(one.peak, two.peak, layers),
+        peak_operator=two.peak_operator,
+    )
+    # What the parts are at the peak, where not all of each need be alive.
+    saved = min(step.saved, step.peak - step.optimizer)
+    gradients = min(weights.trained, step.peak - step.optimizer - saved)
+    workspace = step.peak - step.optimizer - saved - gradients
     memory = (
         Item("frozen weights", weights.frozen, "bytes", "model"),
         Item("trained weights", weights.trained, "bytes", "derived"),
-        Item("gradients", min(gradients, step.peak - step.optimizer), "bytes", "derived"),
+        Item("gradients", gradients, "bytes", "derived"),
         Item("optimizer states", step.optimizer, "bytes", "dry run"),
-        Item("saved activations", step.saved, "bytes", "dry run"),
+        Item("saved activations", saved, "bytes", "dry run"),
         Item("workspaces, logits", workspace, "bytes", "dry run"),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
     peak = overhead + weights.frozen + weights.trained + step.peak
     seconds = 0.0
     if with_time:
-        few, more = PROBE_LAYERS
-        one, two = (step_seconds(run, config, min(count, layers), *arguments) for count in (few, more))
-        seconds = (one + max(0.0, two - one) / (more - few) * (layers - few)) * run.train.accumulation
+        few, more = (min(count, layers) for count in PROBE_LAYERS)
+        short, long = (step_seconds(run, config, count, *arguments) for count in (few, more))
+        each = max(0.0, long - short) / max(1, more - few)
+        seconds = (short + each * (layers - few)) * run.train.accumulation
     steps_seconds = seconds * workload.tokens / max(1, shape.rows * tokens * run.train.accumulation)
     settings = (
         Item("rank", run.lora.rank, "", "you" if "rank" in run.lora.model_fields_set else "default"),

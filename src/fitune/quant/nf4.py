@@ -136,7 +136,11 @@ def double_quantise(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     scales = padded.abs().amax(dim=1)
     scaled = (padded * (1.0 / scales).unsqueeze(1)).nan_to_num(0.0).clamp(-1, 1)
     grid = ((scaled.reshape(-1)[:m] + 1.0) * 0.5 * 65535.0 + 0.5).int()
-    return _dynamic_lookup().to(absmax.device)[grid], scales, float(offset)
+    # Where all maxima are alike the scale is 0 and any code decodes to the offset; bitsandbytes writes 0.
+    codes = (
+        _dynamic_lookup().to(absmax.device)[grid].masked_fill_((scales == 0).repeat_interleave(NESTED_BLOCK)[:m], 0)
+    )
+    return codes, scales, float(offset)
 
 
 def quantise(weight: Tensor, backend: str) -> NF4Weight:

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def supervised(logprobs: Tensor, weights: Tensor) -> Tensor:
-    """Sum of the negative log-probabilities [n], each times its weight [n]; the caller divides by the total weight."""
+    """Sum of the negative log-probabilities [n], each times its weight [n]; the caller divides by their total."""
     return -(logprobs * weights).sum()

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fitune.atomic import new_folder
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
-from fitune.train.atomic import new_folder
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -40,6 +40,8 @@ def save_checkpoint(
     `identity` is what a run must share with the checkpoint to go on from it (config, data, model: hashes).
     """
     path = folder / f"step-{progress.step:06d}"
+    for left in folder.glob(".step-*"):  # of a process that was killed; the run folder is ours alone
+        shutil.rmtree(left)
     tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(model.trainable)}
     scalars: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
@@ -49,16 +51,17 @@ def save_checkpoint(
             else:
                 scalars[f"{index}.{name}"] = value
     tensors["random"] = torch.get_rng_state()
-    if not path.exists():
-        with new_folder(path) as beside:
-            save_file(tensors, beside / TENSORS)
-            state_json = {
-                "step": progress.step, "tokens": progress.tokens, "trained_tokens": progress.trained_tokens,
-                "seconds": progress.seconds, "identity": dict(identity), "scalars": scalars,
-                "sha256": _digest(beside / TENSORS),
-            }  # fmt: skip
-            (beside / STATE).write_text(json.dumps(state_json, indent=2) + "\n")
-    for old in list_checkpoints(folder)[:-keep]:
+    with new_folder(path, replace=True) as beside:  # a damaged one of this step may lie there
+        save_file(_apart(tensors), beside / TENSORS)
+        state = {
+            "step": progress.step, "tokens": progress.tokens, "trained_tokens": progress.trained_tokens,
+            "seconds": progress.seconds, "identity": dict(identity), "scalars": scalars,
+            "sha256": _digest(beside / TENSORS),
+        }  # fmt: skip
+        text = json.dumps({**state, "state_sha256": _state_digest(state)}, indent=2)
+        (beside / STATE).write_text(text + "\n")
+    # Those of later steps are damaged (this run went on from an older one): they do not count as kept.
+    for old in [one for one in list_checkpoints(folder) if one.name <= path.name][:-keep]:
         shutil.rmtree(old)
     return path
 
@@ -78,7 +81,8 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         except (OSError, ValueError) as error:
             damaged.append(f"checkpoint {path.name} cannot be read: {error}")
             continue
-        if found == state.get("sha256"):
+        written = state.pop("state_sha256", None)
+        if found == state.get("sha256") and written == _state_digest(state):
             return path, damaged
         damaged.append(f"checkpoint {path.name} is damaged: its contents are not what was written")
     return None, damaged
@@ -93,7 +97,7 @@ def read_identity(path: Path) -> dict[str, str]:
 def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimizer) -> Progress:
     """Puts weights, optimizer and random state back as they were."""
     tensors = load_file(path / TENSORS)
-    state = json.loads((path / STATE).read_text())
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
     parameters = model.trainable
     if sum(name.startswith("parameter.") for name in tensors) != len(parameters):
         raise FituneError(f"{path} holds another number of parameters than this model trains")
@@ -103,14 +107,29 @@ def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimi
     states: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            states.setdefault(int(index), {})[key] = value
-    for name, value in state["scalars"].items():
-        index, key = name.split(".", 1)
-        states.setdefault(int(index), {})[key] = value
+            _, place, key = name.split(".", 2)
+            states.setdefault(int(place), {})[key] = value
+    for name, scalar in state["scalars"].items():
+        place, key = name.split(".", 1)
+        states.setdefault(int(place), {})[key] = scalar
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random"])
     return Progress(state["step"], state["tokens"], state["trained_tokens"], state["seconds"])
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with a copy of every tensor whose memory another one has (8-bit optimizers share their tables)."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        result[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return result
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

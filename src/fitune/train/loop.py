@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fitune.atomic import write_text
 from fitune.config.schema import RunConfig
 from fitune.data.batch import Batch
 from fitune.data.collation import collate
@@ -24,7 +25,7 @@ from fitune.fuse.model import FusedModel
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
-from fitune.step.update import update
+from fitune.step.update import NonFiniteError, update
 from fitune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from fitune.train.run_folder import RunFolder
 
@@ -137,9 +138,9 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for held in (signal.SIGINT, signal.SIGTERM):
         try:
-            before[number] = signal.signal(number, note)
+            before[held] = signal.signal(held, note)
         except ValueError:  # not the main thread: whoever runs us handles signals
             continue
     try:
@@ -208,7 +209,7 @@ def run_loop(
                 result = update(
                     model, rows.batches(step_rows), optimizer, schedule.rate(number), settings.max_grad_norm
                 )
-            except FituneError as error:
+            except NonFiniteError as error:
                 where = sorted({str(rows.samples[i].origin) for row in step_rows for i in row})[:8]
                 raise FituneError(
                     f"step {number + 1}: {error}; no weight was changed. The step's data began with: "
@@ -231,7 +232,7 @@ def run_loop(
                     result.tokens / (now - begun),
                     resident_bytes(),
                     round(progress.seconds, 3),
-                )  # fmt: skip
+                )
             )
             if progress.step % TRIM_EVERY_STEPS == 0:
                 give_back_free_memory()
@@ -261,4 +262,4 @@ def _trim_metrics(folder: RunFolder, step: int) -> None:
         line for line in folder.metrics_file.read_text().splitlines()
         if line.strip().endswith("}") and json.loads(line)["step"] <= step
     ]  # fmt: skip
-    folder.metrics_file.write_text("".join(f"{line}\n" for line in kept))
+    write_text(folder.metrics_file, "".join(f"{line}\n" for line in kept))

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fitune.adapters.lora import adapter_digest, save_adapter
+from fitune.atomic import write_text
 from fitune.config import dump
 from fitune.config.schema import RunConfig
 from fitune.data.dataset import TrainingData, load_training_data
@@ -31,7 +32,6 @@ from fitune.models.store import Progress as StoreProgress
 from fitune.plan.computation import Computation, choose_computation
 from fitune.plan.planner import Plan, Workload, make_plan
 from fitune.process_memory import peak_bytes
-from fitune.train.atomic import write_text
 from fitune.train.checkpoint import list_checkpoints, newest_whole, read_identity
 from fitune.train.loop import LEARNING_RATES, Rows, StepRecord, ValidationRecord, Watcher, count_steps, run_loop
 from fitune.train.prepare import build_for_training
@@ -138,10 +138,11 @@ def default_folder(config: RunConfig) -> Path:
 def train_run(
     prepared: Prepared, plan: Plan, folder: RunFolder, resume: bool = False, watch: Watcher | None = None,
     store_progress: StoreProgress | None = None, say: Callable[[str], None] = lambda line: None,
+    before: Callable[[FusedModel], None] | None = None,
 ) -> Outcome:  # fmt: skip
     """Trains a prepared run in `folder` and saves what came out.
 
-    `say` gets one line for whatever the user should know. With `resume` the run goes on from its newest whole
+    `say` gets one line for whatever the user should know; `before` sees the model before its first step. With `resume` the run goes on from its newest whole
     checkpoint. Raises InputError where the folder already holds a run that is not to be resumed, or another run.
     """
     config, started = prepared.config, time.perf_counter()
@@ -154,6 +155,8 @@ def train_run(
         model = build_for_training(config, prepared.source, prepared.computation, store_progress)
         for part, reason in model.report.left.items():
             say(f"not fused: {part}: {reason}")
+        if before is not None:
+            before(model)
         losses: list[tuple[int, float]] = []
         validation: list[tuple[int, float]] = []
         records: list[StepRecord] = []
@@ -167,7 +170,7 @@ def train_run(
             if watch is not None:
                 watch(record)
 
-        run_loop(
+        progress = run_loop(
             config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect
         )  # fmt: skip
         base = {"reference": prepared.source.reference, "fingerprint": prepared.source.fingerprint()}
@@ -179,7 +182,7 @@ def train_run(
         seconds = time.perf_counter() - started
         summary = {
             "model": config.model, "note": prepared.source.note, "method": config.method, "base": base,
-            "steps": plan_steps(records), "final_loss": losses[-1][1] if losses else None,
+            "steps": progress.step, "final_loss": losses[-1][1] if losses else None,
             "validation_loss": validation[-1][1] if validation else None, "seconds": round(seconds, 1),
             "peak_bytes": peak_bytes(), "planned_peak_bytes": plan.peak_bytes, "sha256": digest,
             "replaced": dict(model.report.replaced), "left": model.report.left, "machine": machine(prepared.hardware),
@@ -191,11 +194,6 @@ def train_run(
     return Outcome(
         folder, plan, model.report, model, losses, validation, records, seconds, peak_bytes(), digest
     )  # fmt: skip
-
-
-def plan_steps(records: Sequence[StepRecord]) -> int:
-    """The last step that was taken."""
-    return records[-1].step if records else 0
 
 
 def machine(hardware: Hardware) -> dict[str, Any]:
@@ -248,7 +246,8 @@ def _resume_point(
     changed = [name for name in identity if before.get(name) != identity[name]]
     if changed:
         raise InputError(
-            f"the {' and the '.join(changed)} changed since {found.name} was saved; a resumed run must be the same run",
+            f"the {' and the '.join(changed)} changed since {found.name} was saved; "
+            "a resumed run must be the same run",
             where=folder.path,
         )
     say(f"going on from {found.name}")

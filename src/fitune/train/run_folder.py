@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from fitune.atomic import write_text
 from fitune.errors import InputError
-from fitune.train.atomic import write_text
 
 
 class RunFolder:

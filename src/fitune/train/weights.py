@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fitune.atomic import new_folder
 from fitune.fuse.model import FusedModel
 from fitune.models.source import ModelSource
-from fitune.train.atomic import new_folder
 
 
 def save_weights(model: FusedModel, source: ModelSource, folder: Path) -> str:

@@ -22,7 +22,7 @@ from transformers import (
 
 from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.export import shards
-from fitune.export.merge import merge_adapter
+from fitune.export.merging import merge_adapter
 from fitune.export.verify import compare_with_adapter
 from fitune.models.bundled import open_bundled
 from fitune.models.folder import FolderSource

@@ -1,0 +1,88 @@
+"""`fitune plan`: what a run will take, before it runs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fitune.errors import InputError
+
+if TYPE_CHECKING:
+    from fitune.config.schema import RunConfig
+    from fitune.plan.planner import Plan
+
+# The workload that is planned for where only a model is named.
+SAMPLES, SAMPLE_TOKENS, TRAINED_SHARE = 1000, 256, 0.5
+ASSUMED = f"Assumed, as no run file was given: {SAMPLES:,} samples of {SAMPLE_TOKENS} tokens, half of them trained."
+
+
+def command(
+    run: Annotated[str, typer.Argument(metavar="RUN.yaml|MODEL", help="A run file, or a model's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings instead of the file's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Show how much memory and time a run will take, whether it fits, and what was decided and why."""
+    from fitune.cli.output import print_json
+    from fitune.cli.plan_page import print_plan
+
+    if is_run_file(run):
+        from fitune import config
+        from fitune.train.run import plan_run, prepare_run
+
+        plan, assumed = plan_run(prepare_run(config.load(Path(run), overrides or ()))), None
+    else:
+        plan, assumed = _plan_model(run, overrides or []), ASSUMED
+    if as_json:
+        print_json({**plan.as_dict(), "assumed": assumed})
+        return
+    print_plan(plan)
+    if assumed:
+        print(f"\n{assumed}")
+    else:
+        print(f"\nNext: fitune train {' '.join([run, *(overrides or [])])}")
+
+
+def is_run_file(words: str) -> bool:
+    """Whether this names a run file and not a model."""
+    path = Path(words)
+    return path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and path.suffix.lower() != ".gguf")
+
+
+def _plan_model(model: str, overrides: list[str]) -> Plan:
+    import torch
+
+    from fitune.hardware import detect
+    from fitune.models.find import find_model
+    from fitune.plan.computation import choose_computation
+    from fitune.plan.planner import Workload, make_plan
+    from fitune.train.loop import LEARNING_RATES
+
+    source = find_model(model)
+    config = _settings_for(model, overrides)
+    hardware = detect()
+    computation = choose_computation(config, hardware)
+    torch.set_num_threads(computation.threads)
+    train, tokens = config.train, SAMPLES * SAMPLE_TOKENS
+    step_tokens = config.data.max_tokens * train.micro_batch * train.accumulation
+    steps = train.steps or -(-round(tokens * train.epochs) // step_tokens)
+    workload = Workload(steps, steps * step_tokens, SAMPLE_TOKENS, TRAINED_SHARE, config.data.max_tokens)
+    rate = train.learning_rate or LEARNING_RATES[config.method]
+    return make_plan(config, source.reference, source.config, computation, hardware, workload, rate)
+
+
+def _settings_for(model: str, overrides: list[str]) -> RunConfig:
+    """Defaults and overrides, read as strictly as a run file."""
+    from fitune import config
+
+    with tempfile.TemporaryDirectory(prefix="fitune-plan-") as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text("data:\n  train: run.yaml\n")  # named, never read
+        try:
+            return config.load(path, overrides).model_copy(update={"model": model})
+        except InputError as error:
+            raise InputError(error.problems, where="settings") from None

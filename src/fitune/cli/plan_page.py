@@ -1,0 +1,42 @@
+"""A plan for people: what memory goes where, whether it fits, how long it takes, and what was decided and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fitune.cli.output import gigabytes, print_facts, print_table
+
+if TYPE_CHECKING:
+    from fitune.plan.planner import Item, Plan
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan's page."""
+    from fitune.train.progress_view import clock
+
+    print(f"Plan: {plan.method} on {plan.model}\n")
+    rows = [(item.name, gigabytes(float(item.value)), item.origin) for item in plan.memory]
+    rows.append(("peak", gigabytes(plan.peak_bytes), f"highest at {plan.peak_operator}"))
+    rows.append(("available", gigabytes(plan.available_bytes), "machine"))
+    print_table(("memory", "size", "origin"), rows)
+    print(f"\n{fits_sentence(plan)}\n")
+    lines = {item.name: _value(item) for item in plan.settings}
+    if plan.seconds_per_step:
+        lines["time"] = f"{plan.seconds_per_step:.2f} s a step, {clock(plan.seconds)} in all  (probe)"
+    print_facts("Settings", lines)
+
+
+def fits_sentence(plan: Plan) -> str:
+    """Whether the plan fits, in numbers."""
+    left = plan.available_bytes - plan.peak_bytes
+    if left >= 0:
+        return f"It fits: {gigabytes(left)} stay free."
+    return (
+        f"It does not fit: {gigabytes(-left)} are missing. Smaller: train.micro_batch, data.max_tokens, lora.rank; "
+        "train.recompute=layers; or method qlora"
+    )
+
+
+def _value(item: Item) -> str:
+    value = f"{item.value:,}" if isinstance(item.value, int) else f"{item.value}"
+    return f"{value} {item.unit}".strip() + f"  ({item.origin})"

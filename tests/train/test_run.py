@@ -1,0 +1,223 @@
+"""Whole runs of a tiny model: checkpoints, going on after a stop, damage, refusals, validation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fitune.config import load
+from fitune.config.schema import RunConfig
+from fitune.errors import InputError, Interrupted
+from fitune.train.checkpoint import list_checkpoints, newest_whole
+from fitune.train.loop import StepRecord
+from fitune.train.run import Outcome, plan_run, prepare_run, train_run
+from fitune.train.run_folder import RunFolder
+from tiny_models import write_model, write_questions
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, data and a store's cache of its own."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_model(folder / "model")
+    write_questions(folder / "train.jsonl")
+    write_questions(folder / "validation.jsonl", 5, first=100)
+    before = os.environ.get("FITUNE_CACHE")
+    os.environ["FITUNE_CACHE"] = str(folder / "cache")
+    yield folder
+    del os.environ["FITUNE_CACHE"]
+    if before is not None:
+        os.environ["FITUNE_CACHE"] = before
+
+
+def config_of(place: Path, *overrides: str) -> RunConfig:
+    path = place / "run.yaml"
+    path.write_text(
+        f"model: {place / 'model'}\ndata:\n  train: {place / 'train.jsonl'}\n  max_tokens: 256\n"
+        f"train:\n  steps: {STEPS}\n  micro_batch: 1\n  accumulation: 2\n  learning_rate: 0.01\n  threads: 1\n"
+        "  save_every_steps: 2\n  keep_checkpoints: 2\n"
+    )
+    return load(path, overrides)
+
+
+def run(config: RunConfig, folder: Path, resume: bool = False, watch=None, say=lambda line: None) -> Outcome:
+    prepared = prepare_run(config)
+    return train_run(prepared, plan_run(prepared, with_time=False), RunFolder(folder), resume, watch, say=say)
+
+
+def stop_after(step: int):
+    """A watcher that sends this process SIGTERM, as a scheduler would."""
+
+    def watch(record: object) -> None:
+        if isinstance(record, StepRecord) and record.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return watch
+
+
+def adapter_bits(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place: Path) -> Outcome:
+    return run(config_of(place), place / "uninterrupted")
+
+
+def test_a_run_learns_and_leaves_what_it_promises(place: Path, uninterrupted: Outcome) -> None:
+    folder = uninterrupted.folder.path
+    assert uninterrupted.losses[-1][1] < uninterrupted.losses[0][1]
+    names = {"config.yaml", "plan.json", "metrics.jsonl", "summary.json", "adapter", "checkpoints"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000004", "step-000006"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["sha256"] == uninterrupted.digest
+    again = run(load(folder / "config.yaml", [f"output={place / 'again'}"]), place / "again")
+    assert again.digest == uninterrupted.digest
+    assert adapter_bits(place / "again") == adapter_bits(folder)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_bits(place: Path, uninterrupted: Outcome, step: int) -> None:
+    folder = place / f"stopped-{step}"
+    with pytest.raises(Interrupted, match=f"stopped after step {step} of {STEPS}; everything is saved"):
+        run(config_of(place), folder, watch=stop_after(step))
+    resumed = run(config_of(place), folder, resume=True)
+    assert resumed.digest == uninterrupted.digest
+    assert [number for number, _ in resumed.losses] == list(range(step + 1, STEPS + 1))
+    assert resumed.losses == uninterrupted.losses[step:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("overrides", [["lora.dropout=0.2"], ["train.optimizer=adamw8bit", "lora.rank=64"],
+                                       ["method=lora"], ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"]])  # fmt: skip
+def test_what_else_has_a_state_goes_on_too(place: Path, overrides: list[str]) -> None:
+    name = "".join(letter for letter in str(overrides) if letter.isalnum())
+    config = config_of(place, *overrides)
+    whole = run(config, place / f"{name}-whole")
+    with pytest.raises(Interrupted):
+        run(config, place / f"{name}-stopped", watch=stop_after(3))
+    assert run(config, place / f"{name}-stopped", resume=True).digest == whole.digest
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": lambda folder: flip_a_bit(folder / "tensors.safetensors", -5),
+    "cut short": lambda folder: (folder / "tensors.safetensors").write_bytes(
+        (folder / "tensors.safetensors").read_bytes()[:-100]
+    ),
+    "gone": lambda folder: (folder / "tensors.safetensors").unlink(),
+    "another step": lambda folder: (folder / "state.json").write_text(
+        (folder / "state.json").read_text().replace('"step": 5', '"step": 4')
+    ),
+    "half a state": lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text()[:40]),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
+    place: Path, uninterrupted: Outcome, kind: str, keep: int
+) -> None:
+    config = config_of(place, f"train.keep_checkpoints={keep}", "train.save_every_steps=4")
+    folder = place / f"damaged-{kind.replace(' ', '-')}-{keep}"
+    with pytest.raises(Interrupted):  # leaves step 4 or, where two are kept, 4 and 5
+        run(config, folder, watch=stop_after(5))
+    checkpoints = folder / "checkpoints"
+    DAMAGE[kind](checkpoints / "step-000005")
+    said: list[str] = []
+    if keep == 1:
+        with pytest.raises(InputError, match="there is no checkpoint to go on from"):
+            run(config, folder, resume=True, say=said.append)
+    else:
+        resumed = run(config, folder, resume=True, say=said.append)
+        assert resumed.digest == uninterrupted.digest
+        assert "going on from step-000004" in said
+        assert newest_whole(checkpoints)[0] == checkpoints / "step-000006"
+    assert any("step-000005" in line for line in said)
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(place: Path, uninterrupted: Outcome) -> None:
+    config = config_of(place, "train.keep_checkpoints=2", "train.save_every_steps=1")
+    folder = place / "pushed-out"
+    with pytest.raises(Interrupted):
+        run(config, folder, watch=stop_after(4))
+    checkpoints = folder / "checkpoints"
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step-000003", "step-000004"]
+    DAMAGE["a flipped bit"](checkpoints / "step-000004")
+    # It goes on from 3, is stopped at 4 again: the damaged one must be replaced, and 3 stay beside it.
+    with pytest.raises(Interrupted):
+        run(config, folder, resume=True, watch=stop_after(4))
+    assert newest_whole(checkpoints) == (checkpoints / "step-000004", [])
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step-000003", "step-000004"]
+    assert run(config, folder, resume=True).digest == uninterrupted.digest
+
+
+def test_another_run_is_not_gone_on_with(place: Path) -> None:
+    folder = place / "another"
+    with pytest.raises(Interrupted):
+        run(config_of(place), folder, watch=stop_after(2))
+    with pytest.raises(InputError, match="holds a run already"):
+        run(config_of(place), folder)
+    with pytest.raises(InputError, match="the config changed"):
+        run(config_of(place, "train.learning_rate=0.02"), folder, resume=True)
+    original = (place / "train.jsonl").read_text()
+    try:
+        write_questions(place / "train.jsonl", 25)
+        with pytest.raises(InputError, match="the data changed"):
+            run(config_of(place), folder, resume=True)
+    finally:
+        (place / "train.jsonl").write_text(original)
+    with pytest.raises(InputError, match="there is no checkpoint to go on from"):
+        run(config_of(place), place / "nothing-here", resume=True)
+
+
+def test_only_one_process_works_in_a_run_folder(place: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from fitune.train.run_folder import RunFolder\n"
+        f"folder = RunFolder(Path({str(place / 'locked')!r})); folder.lock(); print('locked', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match="another process is working in this run folder"):
+            run(config_of(place), place / "locked")
+        other.kill()
+    run(config_of(place, "train.steps=1"), place / "locked")
+
+
+def test_validation_changes_nothing(place: Path, uninterrupted: Outcome) -> None:
+    overrides = [f"data.validation={place / 'validation.jsonl'}", "lora.dropout=0.2"]
+    often = run(config_of(place, *overrides, "train.validate_every_steps=1"), place / "often")
+    never = run(config_of(place, "lora.dropout=0.2"), place / "never")
+    assert often.digest == never.digest
+    assert [step for step, _ in often.validation] == list(range(1, STEPS + 1))
+    assert often.validation[-1][1] < often.validation[0][1]
