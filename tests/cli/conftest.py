@@ -22,6 +22,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["FITUNE_CACHE"]
 
 
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """This process on one of its cores, where no run file sets the threads: machines that test are often busy."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with twelve samples and a run file for a few steps on them."""

@@ -57,7 +57,7 @@ def test_queries_are_run_on_the_database(trained: TrainedRun, shop: Path, tmp_pa
     assert facts["new_tokens"] > 0
 
 
-def test_a_bare_model_has_no_base(workplace: Path) -> None:
+def test_a_bare_model_has_no_base(workplace: Path, one_core: None) -> None:
     code, out, err = call(
         "evaluate", "bundled", "--data", workplace / "sums.jsonl", "--task", "text", "--limit", 2,
         "--max-new-tokens", 2,

@@ -55,6 +55,17 @@ def test_what_people_see(workplace: Path, trained: TrainedRun) -> None:
     assert "Warning" not in err
 
 
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_refused(workplace: Path, tmp_path: Path) -> None:
+    code, out, err = call(
+        "train", workplace / "run.yaml", f"output={tmp_path / 'run'}", "train.micro_batch=4096", "--json"
+    )
+    assert (code, out) == (2, "")
+    assert "It does not fit:" in err
+    assert "--force" in err
+    assert not (tmp_path / "run").exists()
+
+
 BAD = {"train.learning_rte=1e-4": "did you mean learning_rate?", "train.steps=many": "train.steps"}
 
 

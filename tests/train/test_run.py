@@ -110,8 +110,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place: Path, uninterrupted: Outc
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("overrides", [["lora.dropout=0.2"], ["train.optimizer=adamw8bit", "lora.rank=64"],
-                                       ["method=lora"], ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.dropout=0.2"],
+        ["train.optimizer=adamw8bit", "lora.rank=64"],
+        ["method=lora"],
+        ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"],
+    ],
+)
 def test_what_else_has_a_state_goes_on_too(place: Path, overrides: list[str]) -> None:
     name = "".join(letter for letter in str(overrides) if letter.isalnum())
     config = config_of(place, *overrides)

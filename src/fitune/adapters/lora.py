@@ -127,7 +127,9 @@ def load_adapter(
 def adapter_digest(model: PeftModel) -> str:
     """A hash over the adapter's exact bits, in name order."""
     digest = hashlib.sha256()
-    for name, value in sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()):
+    for name, value in sorted(
+        get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()
+    ):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -27,9 +27,9 @@ def command(
     """
     from fitune.cli.output import print_json
     from fitune.cli.quickstart_page import ConsoleScreen
-    from fitune.demo.quickstart import FULL, QUICK, default_quickstart_folder, run_quickstart
-    from fitune.demo.report import as_json as result_as_json
-    from fitune.demo.report import write_html
+    from fitune.demo.lesson import FULL, QUICK, default_quickstart_folder, run_quickstart
+    from fitune.demo.lesson_report import as_json as result_as_json
+    from fitune.demo.lesson_report import write_html
 
     page = ConsoleScreen(to_stderr=as_json)
     found = run_quickstart(output or default_quickstart_folder(), QUICK if quick else FULL, page.screen(), db, seed)

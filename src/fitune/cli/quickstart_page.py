@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fitune.cli.plan_page import print_plan
-from fitune.demo.quickstart import Quickstart, Screen
-from fitune.demo.report import example_answers, next_commands, score_lines
+from fitune.demo.lesson import Quickstart, Screen
+from fitune.demo.lesson_report import example_answers, next_commands, score_lines
 from fitune.plan.planner import Plan
 from fitune.train.loop import Watcher
 from fitune.train.progress_view import TrainingView, clock

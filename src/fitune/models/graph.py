@@ -43,8 +43,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
                 continue  # the checkpoint carries it
             waiting.append((module, name))
     for module in {id(module): module for module, _ in waiting}.values():
-        if not list(module.parameters(recurse=False)):
-            model._init_weights(module)
+        model._init_weights(module)  # its parameters, on the meta device, stay without values
     for module, name in waiting:
         value = module._buffers[name]
         assert value is not None

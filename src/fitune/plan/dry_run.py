@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
@@ -78,9 +79,10 @@ def step_memory(
 ) -> tuple[ModelBytes, StepMemory]:
     """Memory of the second step (the first one makes the optimizer's states) of the model cut to `layers`."""
     model = small_model(run, config, layers, dtype, backend)
+    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    _make_parameters_fake(model.graph, mode)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
-    live = LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    with mode, live:
         _step(model, optimizer, shape)
         states = live.current
         live.reset_peak()
@@ -95,6 +97,23 @@ def step_memory(
     trained = sum(p.numel() * p.element_size() for p in model.trainable)
     frozen = sum(p.numel() * p.element_size() for p in model.graph.parameters()) - trained
     return ModelBytes(frozen, trained), StepMemory(states, saved, live.peak, live.peak_operator)
+
+
+def _make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
+    """In place; shared parameters stay shared.
+
+    Real ones cannot be given the fake values that bitsandbytes' optimizers write into them.
+    """
+    made: dict[int, nn.Parameter] = {}
+    with mode:
+        for module in graph.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    fake = mode.from_tensor(parameter.detach())
+                    made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
 
 
 def step_seconds(

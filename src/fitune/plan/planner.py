@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +73,10 @@ def _extend(one: int, two: int, layers: int) -> int:
     return one + (two - one) * (layers - 1)
 
 
+def _origin(name: str, given: Collection[str]) -> str:
+    return "you" if name in given else "default"
+
+
 def make_plan(
     run: RunConfig, model: str, config: PretrainedConfig, computation: Computation, hardware: Hardware,
     workload: Workload, learning_rate: float, with_time: bool = True,
@@ -115,21 +120,23 @@ def make_plan(
     )
     peak = overhead + weights.frozen + weights.trained + step.peak
     seconds = 0.0
-    if with_time:
+    if with_time and peak <= hardware.available_bytes + overhead:  # the probe is a real step of a few layers
         few, more = (min(count, layers) for count in PROBE_LAYERS)
         short, long = (step_seconds(run, config, count, *arguments) for count in (few, more))
         each = max(0.0, long - short) / max(1, more - few)
         seconds = (short + each * (layers - few)) * run.train.accumulation
     steps_seconds = seconds * workload.tokens / max(1, shape.rows * tokens * run.train.accumulation)
+    train, fields = run.train, run.train.model_fields_set
     settings = (
-        Item("rank", run.lora.rank, "", "you" if "rank" in run.lora.model_fields_set else "default"),
-        Item("learning rate", learning_rate, "", "you" if run.train.learning_rate else "default"),
-        Item("rows", run.train.micro_batch * run.train.accumulation, "a step", "default"),
+        Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
+        Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
+        Item("micro-batch", train.micro_batch, "rows", _origin("micro_batch", fields)),
+        Item("accumulation", train.accumulation, "micro-batches", _origin("accumulation", fields)),
         Item("row", tokens, "tokens", "data"),
-        Item("steps", workload.steps, "", "derived"),
+        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
         Item("tokens", workload.tokens, "", "data"),
         Item("computation", computation.reason, "", "machine"),
-        Item("threads", computation.threads, "", "machine"),
+        Item("threads", computation.threads, "", "you" if train.threads else "machine"),
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + overhead, seconds, steps_seconds, step.peak_operator,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def save_checkpoint(
     tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(model.trainable)}
     scalars: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
+        for name, value in _flat(state):
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value.contiguous()
             else:
@@ -108,13 +108,31 @@ def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimi
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, place, key = name.split(".", 2)
-            states.setdefault(int(place), {})[key] = value
+            _put(states.setdefault(int(place), {}), key, value)
     for name, scalar in state["scalars"].items():
         place, key = name.split(".", 1)
-        states.setdefault(int(place), {})[key] = scalar
+        _put(states.setdefault(int(place), {}), key, scalar)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random"])
     return Progress(state["step"], state["tokens"], state["trained_tokens"], state["seconds"])
+
+
+def _flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of a parameter's state; bitsandbytes' optimizers keep part of it in an inner dictionary."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", inner_value) for inner, inner_value in value.items())
+        else:
+            yield name, value
+
+
+def _put(state: dict[str, Any], name: str, value: Any) -> None:
+    """The inverse, for one value."""
+    outer, slash, inner = name.rpartition("/")
+    if slash:
+        state.setdefault(outer, {})[inner] = value
+    else:
+        state[name] = value
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from fitune.train.checkpoint import list_checkpoints, newest_whole, read_identit
 from fitune.train.loop import LEARNING_RATES, Rows, StepRecord, ValidationRecord, Watcher, count_steps, run_loop
 from fitune.train.prepare import build_for_training
 from fitune.train.run_folder import RunFolder
+from fitune.train.tensorboard_log import TensorBoardLog
 from fitune.train.weights import save_weights
 
 PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
@@ -142,10 +143,10 @@ def train_run(
 ) -> Outcome:  # fmt: skip
     """Trains a prepared run in `folder` and saves what came out.
 
-    `say` gets one line for whatever the user should know; `before` sees the model before its first step. With `resume` the run goes on from its newest whole
-    checkpoint. Raises InputError where the folder already holds a run that is not to be resumed, or another run.
+    `say` gets one line for whatever the user should know; `before` sees the model before its first step. With
+    `resume` the run goes on from its newest whole checkpoint. Raises InputError where the folder already holds a run that is not to be resumed, or another run.
     """
-    config, started = prepared.config, time.perf_counter()
+    config = prepared.config
     folder.lock()
     try:
         identity = _identity(prepared)
@@ -160,6 +161,7 @@ def train_run(
         losses: list[tuple[int, float]] = []
         validation: list[tuple[int, float]] = []
         records: list[StepRecord] = []
+        board = TensorBoardLog(folder.tensorboard)
 
         def collect(record: StepRecord | ValidationRecord) -> None:
             if isinstance(record, StepRecord):
@@ -167,12 +169,17 @@ def train_run(
                 records.append(record)
             else:
                 validation.append((record.step, record.validation_loss))
+            board(record)
             if watch is not None:
                 watch(record)
 
-        progress = run_loop(
-            config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect
-        )  # fmt: skip
+        started = time.perf_counter()
+        try:
+            progress = run_loop(
+                config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect
+            )
+        finally:
+            board.close()
         base = {"reference": prepared.source.reference, "fingerprint": prepared.source.fingerprint()}
         if model.adapted is not None:
             save_adapter(model.adapted, folder.adapter, base)

@@ -3,6 +3,7 @@
 config.yaml    the run file that reproduces it         adapter/       the result (PEFT's format), or model/
 plan.json      what was expected                       checkpoints/   step-000120/ ...
 metrics.jsonl  one line a step                         summary.json   what came out
+tensorboard/   the same as TensorBoard events          report.html    what came out, to look at
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class RunFolder:
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     summary_file = property(lambda self: self.path / "summary.json")
     report_file = property(lambda self: self.path / "report.html")
+    tensorboard = property(lambda self: self.path / "tensorboard")
+    tensorboard = property(lambda self: self.path / "tensorboard")
     adapter = property(lambda self: self.path / "adapter")
     weights = property(lambda self: self.path / "model")
     checkpoints = property(lambda self: self.path / "checkpoints")

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from fitune.demo.quickstart import SCORE, SETS, Quickstart
+from fitune.demo.lesson import SCORE, SETS, Quickstart
 from fitune.evaluate.html_report import write_report
 from fitune.evaluate.intervals import Interval
 from fitune.evaluate.run_report import Example, FormRow, RunReport, ScoreRow
@@ -77,9 +77,7 @@ def form_rows(found: Quickstart) -> list[FormRow]:
         asked_base = found.base[name].samples == len(forms)
         for form, count in sorted(Counter(forms).items()):
             rows.append(
-                FormRow(
-                    form, count, right["base"][form] if asked_base else None, right["tuned"][form], TITLES[name]
-                )
+                FormRow(form, count, right["base"][form] if asked_base else None, right["tuned"][form], TITLES[name])
             )
     return rows
 
@@ -113,7 +111,10 @@ def next_commands(found: Quickstart) -> list[tuple[str, str]]:
     """What to do next, as (what it does, command)."""
     run = found.outcome.folder.path
     return [
-        ("Ask it a question", f'fitune chat {run} --database {found.database} --prompt "How many customers are there?"'),
+        (
+            "Ask it a question",
+            f'fitune chat {run} --database {found.database} --prompt "How many customers are there?"',
+        ),
         ("Train on your own file", "fitune init my-task.yaml && fitune train my-task.yaml"),
         ("Merge it into its 16-bit base, for other programs", f"fitune merge {run}"),
     ]

@@ -60,8 +60,18 @@ QUICK = Size(
     held_out=40,
     epochs=2.0,
     forms=(
-        "column", "equals", "greater", "less", "count_rows", "count_equals", "average", "largest", "smallest",
-        "top_n", "group_count", "join_filter",
+        "column",
+        "equals",
+        "greater",
+        "less",
+        "count_rows",
+        "count_equals",
+        "average",
+        "largest",
+        "smallest",
+        "top_n",
+        "group_count",
+        "join_filter",
     ),  # fmt: skip
     base_questions=20,
 )
@@ -104,7 +114,9 @@ class Screen:
     answering: Callable[[str, int, int], None] | None = None
 
 
-def run_quickstart(folder: Path, size: Size, screen: Screen, database: Path | None = None, seed: int = 0) -> Quickstart:
+def run_quickstart(
+    folder: Path, size: Size, screen: Screen, database: Path | None = None, seed: int = 0
+) -> Quickstart:
     """Builds the data, plans, trains and evaluates in `folder`, which must not hold a run yet.
 
     `database` is the user's own SQLite file (None: the demo's, built in the folder).

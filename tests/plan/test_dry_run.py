@@ -1,0 +1,116 @@
+"""The dry run: linear in layers, the same on fake tensors as on real ones, and a plan that adds up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fitune.config.schema import RunConfig
+from fitune.hardware import detect
+from fitune.plan.computation import Computation
+from fitune.plan.dry_run import Shape, step_memory, step_seconds
+from fitune.plan.live_bytes import LiveBytes
+from fitune.plan.planner import Workload, make_plan
+from tiny_models import BACKEND, config_of
+
+SHAPE = Shape(2, 64, 32, 60)
+
+
+def run_of(method: str = "qlora", **train: object) -> RunConfig:
+    return RunConfig.model_validate({"model": "tiny", "method": method, "data": {"train": "a"}, "train": train})
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_memory_is_linear_in_layers(method: str, recompute: str) -> None:
+    dtype = torch.float32 if method == "full" else torch.bfloat16
+    found = [
+        step_memory(run_of(method, recompute=recompute), config_of("llama", num_hidden_layers=3), layers, SHAPE,
+                    dtype, BACKEND) for layers in (1, 2, 3)
+    ]  # fmt: skip
+    for part, names in ((0, ("frozen", "trained")), (1, ("optimizer", "saved", "peak"))):
+        for name in names:
+            one, two, three = (getattr(pair[part], name) for pair in found)
+            assert three - two == pytest.approx(two - one, abs=0.02 * max(1, three)), name
+    memory = found[1][1]
+    assert 0 < memory.optimizer < memory.peak
+    assert 0 < memory.saved < memory.peak
+
+
+def test_eight_bit_states_take_a_quarter() -> None:
+    config, shape = config_of("llama", num_hidden_layers=2), SHAPE
+    wide, narrow = (
+        step_memory(run_of("full", optimizer=name), config, 2, shape, torch.float32, BACKEND)[1].optimizer
+        for name in ("adamw", "adamw8bit")
+    )
+    assert 0.25 < narrow / wide < 0.35
+
+
+def test_accumulated_gradients_are_in_the_peak() -> None:
+    config = config_of("llama", num_hidden_layers=2)
+    once, twice = (
+        step_memory(run_of("full", accumulation=count), config, 2, SHAPE, torch.float32, BACKEND) for count in (1, 2)
+    )
+    assert twice[1].peak > once[1].peak
+
+
+def live_of(work) -> tuple[int, int]:
+    with LiveBytes() as live:
+        kept = work()
+    result = live.current, live.peak
+    del kept
+    return result
+
+
+def some_work() -> list[torch.Tensor]:
+    a = torch.ones(1000)
+    b = a * 2
+    c = b.view(10, 100).t()  # a view is no memory
+    d = torch.cat([b, b])
+    del b
+    e = torch.zeros(8, dtype=torch.int8)
+    e.add_(1)
+    return [a, c, d, e]
+
+
+def test_fake_tensors_count_like_real_ones() -> None:
+    expected = 4 * 1000 + 4 * 1000 + 8 * 1000 + 8
+    assert live_of(some_work) == (expected, expected)
+    with FakeTensorMode():
+        assert live_of(some_work) == (expected, expected)
+
+
+def test_freed_memory_is_no_longer_counted() -> None:
+    with LiveBytes() as live:
+        a = torch.ones(1000)
+        b = a + 1
+        assert live.current == 8000
+        del a
+        assert live.current == 4000
+        live.reset_peak()
+        assert live.peak == 4000
+        c = b * 2
+        assert live.peak == 8000
+        assert "mul" in live.peak_operator
+        del b, c
+    assert live.current == 0
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_plan_adds_up(method: str, layers: int) -> None:
+    dtype = torch.float32 if method == "full" else torch.bfloat16
+    computation = Computation(dtype, BACKEND, 1, "a test")
+    plan = make_plan(
+        run_of(method), "tiny", config_of("llama", num_hidden_layers=layers), computation, detect(),
+        Workload(10, 1000, 32, 0.4, 64), 1e-4, with_time=False,
+    )  # fmt: skip
+    assert all(item.value >= 0 for item in plan.memory)
+    assert sum(item.value for item in plan.memory) == plan.peak_bytes
+    assert plan.fits
+    assert plan.as_dict()["fits"]
+
+
+def test_time_is_measured() -> None:
+    assert 0 < step_seconds(run_of(), config_of("llama"), 1, SHAPE, torch.float32, BACKEND) < 5
