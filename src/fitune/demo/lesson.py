@@ -72,7 +72,7 @@ QUICK = Size(
         "top_n",
         "group_count",
         "join_filter",
-    ),  # fmt: skip
+    ),
     base_questions=20,
 )
 LEARNING_RATE = 1e-3

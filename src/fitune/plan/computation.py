@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -45,4 +46,12 @@ def choose_computation(config: RunConfig, hardware: Hardware) -> Computation:
     by_itself = "the processor computes it" if has_bfloat16 else "no bfloat16 here"
     why = f"{name} ({by_itself if asked == 'auto' else 'asked for'})"
     kernels = f"kernels: {state.instruction_set}" if backend == "native" else f"no native kernels ({state.reason})"
-    return Computation(dtype, backend, config.train.threads or hardware.threads, f"{why}, {kernels}")
+    return Computation(dtype, backend, _threads(config, hardware), f"{why}, {kernels}")
+
+
+def _threads(config: RunConfig, hardware: Hardware) -> int:
+    """What the run file says, else what OMP_NUM_THREADS says, else what affinity and container leave."""
+    if config.train.threads:
+        return config.train.threads
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return max(1, min(hardware.threads, int(said))) if said.isdigit() else hardware.threads

@@ -144,7 +144,9 @@ def train_run(
     """Trains a prepared run in `folder` and saves what came out.
 
     `say` gets one line for whatever the user should know; `before` sees the model before its first step. With
-    `resume` the run goes on from its newest whole checkpoint. Raises InputError where the folder already holds a run that is not to be resumed, or another run.
+    `resume` the run goes on from its newest whole checkpoint.
+
+    Raises InputError where the folder already holds a run that is not to be resumed, or another run.
     """
     config = prepared.config
     folder.lock()

@@ -30,7 +30,6 @@ class RunFolder:
     summary_file = property(lambda self: self.path / "summary.json")
     report_file = property(lambda self: self.path / "report.html")
     tensorboard = property(lambda self: self.path / "tensorboard")
-    tensorboard = property(lambda self: self.path / "tensorboard")
     adapter = property(lambda self: self.path / "adapter")
     weights = property(lambda self: self.path / "model")
     checkpoints = property(lambda self: self.path / "checkpoints")
