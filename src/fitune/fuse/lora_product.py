@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fitune.quant.linear import QuantisedLinear
+from fitune.quant.linear import held
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,13 @@ class LoraProduct:
             return cls(base, None, None, scaling)
         return cls(base, a.detach().to(dtype), (b.detach() * scaling).to(dtype), scaling)
 
-    def _acquire(self, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.base, QuantisedLinear):
-            return self.base.lease.acquire(self.base, dtype)
-        return self.base.weight.detach().to(dtype)
-
-    def _release(self) -> None:
-        if isinstance(self.base, QuantisedLinear):
-            self.base.lease.release(self.base)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [M, K] -> y [M, N] and u = x A^T [M, R], which the backward pass wants."""
-        weight = self._acquire(x.dtype)
-        if self.base.bias is not None:
-            y = torch.addmm(self.base.bias.to(x.dtype), x, weight.t())
-        else:
-            y = torch.mm(x, weight.t())
-        self._release()
+        with held(self.base, x.dtype) as weight:
+            if self.base.bias is not None:
+                y = torch.addmm(self.base.bias.to(x.dtype), x, weight.t())
+            else:
+                y = torch.mm(x, weight.t())
         if self.a is None or self.b is None:
             return y, None
         u = torch.mm(x, self.a.t())
@@ -61,9 +51,8 @@ class LoraProduct:
 
     def grad_input(self, grad: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """grad of y [M, N] -> grad of x [M, K] (added to `into` if given), and v = s grad B [M, R]."""
-        weight = self._acquire(grad.dtype)
-        grad_x = torch.mm(grad, weight) if into is None else into.addmm_(grad, weight)
-        self._release()
+        with held(self.base, grad.dtype) as weight:
+            grad_x = torch.mm(grad, weight) if into is None else into.addmm_(grad, weight)
         if self.a is None or self.b is None:
             return grad_x, None
         v = torch.mm(grad, self.b)

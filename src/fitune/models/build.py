@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from fitune.errors import InputError
 from fitune.models.graph import build_graph, set_parameter
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress, check_tensors, open_store
@@ -42,6 +43,8 @@ def build_dense(source: ModelSource, dtype: torch.dtype, trainable: bool) -> Pre
     check_tensors(source, expected, tied=set(tied or ()))
     for name in source.tensor_names():
         value = source.read(name).to(dtype)
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
         set_parameter(model, name, value.clone() if trainable else value, trainable)
     return _finish(model, source)
 

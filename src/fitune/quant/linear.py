@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,19 +69,26 @@ class _FrozenProduct(torch.autograd.Function):
         return product_transposed(grad_out, ctx.linear), None
 
 
-def product(x: Tensor, linear: QuantisedLinear) -> Tensor:
-    """x [..., in] -> x W^T [..., out]; not differentiable."""
-    weight = linear.lease.acquire(linear, x.dtype)
+@contextmanager
+def held(linear: nn.Linear, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The dense weight [out, in] of a frozen layer, quantised or not; valid inside."""
+    if not isinstance(linear, QuantisedLinear):
+        yield linear.weight.detach().to(dtype)
+        return
+    weight = linear.lease.acquire(linear, dtype)
     try:
-        return torch.matmul(x, weight.t())
+        yield weight
     finally:
         linear.lease.release(linear)
+
+
+def product(x: Tensor, linear: QuantisedLinear) -> Tensor:
+    """x [..., in] -> x W^T [..., out]; not differentiable."""
+    with held(linear, x.dtype) as weight:
+        return torch.matmul(x, weight.t())
 
 
 def product_transposed(grad_out: Tensor, linear: QuantisedLinear) -> Tensor:
     """grad_out [..., out] -> grad_out W [..., in]; not differentiable."""
-    weight = linear.lease.acquire(linear, grad_out.dtype)
-    try:
+    with held(linear, grad_out.dtype) as weight:
         return torch.matmul(grad_out, weight)
-    finally:
-        linear.lease.release(linear)

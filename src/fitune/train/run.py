@@ -39,6 +39,8 @@ from fitune.train.run_folder import RunFolder
 from fitune.train.tensorboard_log import TensorBoardLog
 from fitune.train.weights import save_weights
 
+# What a resumed run may do otherwise: it changes no bit of what is trained.
+_FREE_TO_CHANGE = {"save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None}
 PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
 
@@ -226,13 +228,16 @@ def machine(hardware: Hardware) -> dict[str, Any]:
 
 def _identity(prepared: Prepared) -> dict[str, str]:
     """What must be the same for a checkpoint to be gone on from."""
-    config = prepared.config.model_copy(update={"output": None})
+    train = prepared.config.train.model_copy(update=_FREE_TO_CHANGE)
+    config = prepared.config.model_copy(update={"output": None, "train": train})
+    computation = prepared.computation
     data = hashlib.sha256()
     for sample in (*prepared.data.train, *prepared.data.validation):
         data.update(repr((sample.tokens, sample.trained)).encode())
     return {
         "config": hashlib.sha256(dump(config).encode()).hexdigest(),
         "data": data.hexdigest(),
+        "computation": f"{computation.dtype} {computation.backend} {computation.threads} threads",
         "model": prepared.source.fingerprint(),
     }
 
