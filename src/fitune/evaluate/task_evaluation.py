@@ -153,6 +153,7 @@ def evaluate_task(
             if on_progress is not None:
                 on_progress(stats)
 
+        give_back_free_memory()
         with leased(model.graph, DecodedOnce()):
             generations = generate_detailed(
                 model.graph, [encode_prompt(prompt, tokenizer) for prompt in prompts], max_new_tokens=max_new_tokens,

@@ -216,6 +216,8 @@ class _SlotBatch:
             self.stats.decode_seconds += time.perf_counter() - started
             if on_progress is not None and self.stats.prompts_done > done_before:
                 on_progress(self.stats)
+        if self.cache is not None:
+            self.cache.layers.clear()  # layers and cache refer to each other: they would wait for the collector
         return [result for result in self.results if result is not None]
 
     def _compute_prefix(self) -> None:
