@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
+
+# oneDNN keeps the machine code of the last 1024 products, about 0.1 MB for each shape it has seen; a run sees new
+# shapes all the time (docs/log.md: 0.4 GB). A training step has some 60 shapes of its own.
+PRIMITIVES_KEPT = 128
 
 
 def _status(field: str) -> int:
@@ -31,3 +36,11 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def bound_primitive_cache() -> None:
+    """Holds oneDNN's cache of compiled products to `PRIMITIVES_KEPT`, unless the environment says otherwise.
+
+    To be called before the first product: oneDNN reads it once.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES_KEPT))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fitune.kernels import contract
@@ -17,6 +18,9 @@ from fitune.kernels import contract
 # Rows whose logits exist at one time: 128 x 152k x 2 bytes is 39 MB for the largest vocabularies, and enough rows
 # to keep a matrix product at full speed.
 CHUNK_TOKENS = 128
+# A last chunk is filled up with zeros to a multiple of this: the CPU library compiles each new shape of product, and
+# keeps it for good (docs/log.md).
+CHUNK_STEP = 32
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str) -> Tensor:
@@ -29,6 +33,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
 
 
+def _filled_up(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of zeros after the last one, to a multiple of `CHUNK_STEP`."""
+    more = -hidden.shape[0] % CHUNK_STEP
+    return (F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))) if more else (hidden, targets)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -37,6 +47,8 @@ class _TokenLogprobs(torch.autograd.Function):
         frozen = not any(ctx.needs_input_grad[1:3])
         matrix = weight.detach().to(hidden.dtype)
         offset = None if bias is None else bias.detach().to(hidden.dtype)
+        count = hidden.shape[0]
+        hidden, targets = _filled_up(hidden, targets)
         logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         wanted = ctx.needs_input_grad[0] and frozen
         slope = torch.empty_like(hidden) if wanted else None
@@ -48,10 +60,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 torch.mm(logits, matrix, out=slope[rows])
         ctx.backend, ctx.frozen = backend, frozen
         if frozen:
-            ctx.save_for_backward(slope)
+            ctx.save_for_backward(None if slope is None else slope[:count])
         else:  # the head learns: its gradient needs the loss's own scale, so the logits are made again
             ctx.save_for_backward(hidden, weight, bias, targets)
-        return logprob
+        return logprob[:count]
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,6 +71,8 @@ class _TokenLogprobs(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return slope * grad_logprob.unsqueeze(1).to(slope.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
+        count = grad_logprob.shape[0]
+        grad_logprob = F.pad(grad_logprob, (0, hidden.shape[0] - count))
         matrix = weight.detach().to(hidden.dtype)
         offset = None if bias is None else bias.detach().to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
@@ -74,4 +88,4 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += logits.float().sum(0)
         bias_grad = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), bias_grad, None, None
+        return grad_hidden[:count], grad_weight.to(weight.dtype), bias_grad, None, None

@@ -32,6 +32,8 @@ from fitune.generate.sampling import TokenChooser
 from fitune.generate.slot_cache import SlotCache
 
 PREFILL_TOKENS = 1024  # rows x padded length of one prefill forward: bounds its activations
+# Rows are padded to a multiple of this: the CPU library compiles each new shape of product, and keeps it for good.
+PREFILL_STEP = 32
 REFILL_SHARE = 4  # new prompts are let in when a quarter of the slots is free: a prefill of one row is wasteful
 
 
@@ -110,7 +112,7 @@ def generate_detailed(
     with undisturbed(model):
         if stats.why_not_slots is None:
             batch = _SlotBatch(model, prompts, max_new_tokens, frozenset(eos_ids), pad_id, chooser, stats)
-            return batch.run(min(batch_size, len(prompts)), capacity, on_progress)
+            return batch.run(min(batch_size, len(prompts)), on_progress)
         return generate_padded(
             model,
             prompts,
@@ -195,9 +197,10 @@ class _SlotBatch:
         self.prefix_tokens = 0
         self.cache: SlotCache | None = None
         self.rows: list[_Row] = []
+        self.capacity = max(map(len, prompts)) + max_new_tokens
         self.results: list[Generation | None] = [None] * len(prompts)
 
-    def run(self, slots: int, capacity: int, on_progress: Progress | None) -> list[Generation]:
+    def run(self, slots: int, on_progress: Progress | None) -> list[Generation]:
         # Prompts of similar length come in together, so their prefill needs little padding.
         waiting = sorted(range(len(self.prompts)), key=lambda number: len(self.prompts[number]))
         started = time.perf_counter()
@@ -208,7 +211,7 @@ class _SlotBatch:
             if waiting and (not self.rows or free >= max(1, slots // REFILL_SHARE)):
                 started = time.perf_counter()
                 incoming = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                self._admit(incoming, slots, capacity)
+                self._admit(incoming, slots)
                 self.stats.prefill_seconds += time.perf_counter() - started
             started = time.perf_counter()
             done_before = self.stats.prompts_done
@@ -224,14 +227,18 @@ class _SlotBatch:
         self.prefix_tokens = self.stats.shared_prefix_tokens = shared_prefix_tokens(self.prompts)
         if self.prefix_tokens:
             self.prefix = new_cache(self.model)
-            self._prefill(self.prefix, [self.prompts[0][: self.prefix_tokens]], 0)
+            self._prefill(self.prefix, [self.prompts[0][: self.prefix_tokens]], 0, whole=True)
 
-    def _prefill(self, cache: DynamicCache, rows: list[list[int]], start: int) -> None:
+    def _prefill(self, cache: DynamicCache, rows: list[list[int]], start: int, whole: bool = False) -> None:
         """Runs rows of tokens, right-padded, through the model from column `start` on; fills the cache.
+
+        `whole`: without a column more than the longest row has.
 
         What padding leaves in the cache lies after a row's own columns: masked, then overwritten.
         """
         longest = max(map(len, rows))
+        if not whole:
+            longest = min(-(-longest // PREFILL_STEP) * PREFILL_STEP, self.capacity - start)
         tokens = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
         for place, row in enumerate(rows):
             tokens[place, : len(row)] = torch.tensor(row, dtype=torch.long)
@@ -246,7 +253,7 @@ class _SlotBatch:
         )
         self.stats.computed_prompt_tokens += tokens.numel()
 
-    def _admit(self, incoming: list[int], slots: int, capacity: int) -> None:
+    def _admit(self, incoming: list[int], slots: int) -> None:
         """Prefills prompts, all but their last token, which is the first that the next step takes."""
         while incoming:
             longest = len(self.prompts[incoming[0]]) - self.prefix_tokens - 1
@@ -264,7 +271,7 @@ class _SlotBatch:
                 rows = [self.prompts[number][self.prefix_tokens : -1] for number in group]
                 self._prefill(filled, rows, self.prefix_tokens)
             if self.cache is None:
-                self.cache = SlotCache(self._shape(filled, group[0]), slots, capacity)
+                self.cache = SlotCache(self._shape(filled, group[0]), slots, self.capacity)
                 if self.prefix is not None:
                     self.cache.fill_prefix(self.prefix, self.prefix_tokens)
             if longest > 0:

@@ -11,6 +11,7 @@ from fitune.config.schema import RunConfig
 from fitune.errors import InputError
 from fitune.hardware import Hardware
 from fitune.kernels import native
+from fitune.process_memory import bound_primitive_cache
 
 # What a processor must have for bfloat16 products to be quicker than float32 ones.
 BFLOAT16_SETS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -31,6 +32,11 @@ class Computation:
     backend: str
     threads: int
     reason: str
+
+    def begin(self) -> None:
+        """Makes it so for this process; to be called before the first product."""
+        bound_primitive_cache()
+        torch.set_num_threads(self.threads)
 
 
 def choose_computation(config: RunConfig, hardware: Hardware) -> Computation:

@@ -12,8 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fitune.adapters.lora import adapter_digest, save_adapter
 from fitune.atomic import write_text
 from fitune.config import dump
@@ -82,7 +80,7 @@ def prepare_run(config: RunConfig) -> Prepared:
     """Finds the model, reads and encodes the data, resolves the computation. Sets torch's threads."""
     hardware = detect()
     computation = choose_computation(config, hardware)
-    torch.set_num_threads(computation.threads)
+    computation.begin()
     source = find_model(config.model)
     tokenizer = source.tokenizer()
     limit = getattr(source.config, "max_position_embeddings", None)

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 from pydantic import ValidationError
 
@@ -47,12 +46,12 @@ class TrainedModel:
 
     def build(self) -> FusedModel:
         """The model with its adapter."""
-        torch.set_num_threads(self.computation.threads)
+        self.computation.begin()
         return build_for_answers(self.source, self.method, self.computation, self.adapter)
 
     def build_untuned(self) -> FusedModel:
         """The base alone (where there is an adapter, switching that off gives the same for less)."""
-        torch.set_num_threads(self.computation.threads)
+        self.computation.begin()
         return build_for_answers(self.untuned or self.source, self.method, self.computation)
 
 
