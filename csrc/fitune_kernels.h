@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { FITUNE_ABI = 2 };
+enum { FITUNE_ABI = 3 };
 enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
 enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
 
@@ -33,13 +33,13 @@ typedef struct FituneDocument {
 #define FITUNE_ATTENTION_ARGUMENTS                                                                         \
   const void *q, FituneStrides q_strides, const void *k, FituneStrides k_strides, const void *v,           \
       FituneStrides v_strides, int kind, int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads,    \
-      int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale,     \
+      int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale, float cap, \
       void *out, float *lse, float *workspace, int threads
 
 #define FITUNE_ATTENTION_BACKWARD_ARGUMENTS                                                                \
   const void *q, FituneStrides q_strides, const void *k, FituneStrides k_strides, const void *v,           \
       FituneStrides v_strides, int kind, int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads,    \
-      int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale,     \
+      int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale, float cap, \
       const void *out, const void *grad_out, const float *lse, void *grad_q, void *grad_k, void *grad_v,   \
       int64_t split, float *workspace, int threads
 
@@ -85,6 +85,7 @@ typedef struct FituneKernels {
                  void *out, int threads);
 
   /* Causal attention within documents: out, lse[rows, heads, tokens] = log of each query's sum of e^score.
+   * Scores are q.k * scale, and with a cap above 0: cap * tanh(q.k * scale / cap).
    * A key counts if it is at most `window` - 1 positions back (window 0: any distance). Positions count from the
    * prefix's first token. workspace: threads * fitune_attention_floats(tokens, d, 0) float32. */
   void (*attention)(FITUNE_ATTENTION_ARGUMENTS);

@@ -35,13 +35,24 @@ SHAPE = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-# Each brings something of its own: biases, an added 1 in the norm and GELU, a window, norms of queries and keys.
+# Each brings something of its own: biases, an added 1 in the norm and GELU, a window, norms of queries and keys, bent
+# scores and logits (which only transformers' plain attention has), scaled logits.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
     "gemma": {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "mistral": {"sliding_window": 7},
     "qwen3": {"head_dim": 24},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": 3.0,
+        "sliding_window": 7,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+        "attn_implementation": "eager",
+    },
+    "granite": {"logits_scaling": 0.5, "attention_multiplier": 0.4, "residual_multiplier": 0.7},
 }
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -47,8 +47,8 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, and is gone when it does not.
 
-    With `replace` it takes the place of a folder that is there, which stays until the new one is whole on disk.
-    Raises DiskFullError where the disk ran full.
+    An empty folder may stand there. With `replace` it takes the place of any folder that is there, which stays
+    until the new one is whole on disk. Raises DiskFullError where the disk ran full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -59,7 +59,11 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         if replace and path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             os.replace(path, old)
-            os.rename(beside, path)
+            try:
+                os.rename(beside, path)
+            except OSError:
+                os.rename(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.rename(beside, path)

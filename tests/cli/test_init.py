@@ -61,3 +61,29 @@ def test_it_does_not_write_over_a_file(folder: Path, capsys: pytest.CaptureFixtu
 def test_what_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture, arguments: list[str], said: str) -> None:
     assert cli.run(["init", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_recommended_settings_are_filled_in(folder: Path) -> None:
+    data, model = ("--data", "data/mine.jsonl"), ("--model", "codellama/CodeLlama-13b-hf")
+    assert cli.run(["init", *data, *model, "--recommended"]) == 0
+    read = config.load(folder / "run.yaml")
+    assert (read.lora.rank, read.lora.alpha, read.lora.targets) == (64, 32.0, ("q_proj", "v_proj"))
+    assert read.train.learning_rate == 2e-4
+    assert "DB-GPT-Hub" in (folder / "run.yaml").read_text()
+    assert cli.run(["init", "full.yaml", *data, "--method", "full", "--recommended"]) == 0
+    assert config.load(folder / "full.yaml").train.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "some/name"], "the size of this model is not known"),
+        (["--model", "qwen3-32b", "--method", "full"], "no settings for method full"),
+    ],
+)
+def test_what_cannot_be_recommended(
+    folder: Path, capsys: pytest.CaptureFixture, arguments: list[str], said: str
+) -> None:
+    assert cli.run(["init", "--recommended", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "run.yaml").exists()

@@ -65,9 +65,9 @@ def test_a_model_with_another_activation_still_trains_and_the_report_says_why() 
 
 
 def test_attention_that_is_not_covered_is_left_and_the_report_says_why() -> None:
-    graph = model_of("gemma2", num_hidden_layers=2, head_dim=16)
-    model, _ = adapted(graph)
-    assert model.report.left["attention"] == "scores are capped"
+    model, _ = adapted(model_of("llama", attention_dropout=0.1))
+    assert model.report.left["attention"] == "attention has dropout"
+    assert not model.report.packs
     assert model.logprobs(collate([random_samples([9])], 512, 0))[0].isfinite().all()
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from fitune.errors import FituneError, InputError
 from fitune.generate import GenerationStats, generate, generate_detailed, stream
-from fitune.generate.batch_generation import shared_prefix_tokens
+from fitune.generate.path_proof import Choice
 from fitune.generate.slot_cache import SlotLayer
+from fitune.generate.slot_generation import shared_prefix_tokens
 
 VOCABULARY = 128
 PAD = 0
@@ -95,7 +96,7 @@ def test_equals_transformers_greedy(family: str, shared: int) -> None:
         ("mistral", {"sliding_window": 8}, "padded"),
         ("gemma2", {"sliding_window": 8}, "padded"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "padded"),
-        ("mamba", {"state_size": 8}, "uncached"),
+        ("mamba", {"state_size": 8}, "equal lengths"),
     ],
 )
 def test_models_without_addressable_columns_say_so_and_are_exact(
@@ -153,7 +154,7 @@ def test_equal_and_one_token_prompts() -> None:
 
 
 def test_long_prompts_are_prefilled_in_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.generate.batch_generation.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("fitune.generate.slot_generation.PREFILL_TOKENS", 16)
     model = tiny_model("llama")
     prompts = make_prompts(9, 5)
     assert generate(model, prompts, max_new_tokens=4, eos_ids=[], pad_id=PAD, batch_size=8) == [
@@ -170,12 +171,13 @@ def test_shared_prefix_leaves_every_prompt_a_token() -> None:
 
 
 def test_writing_to_the_wrong_column_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutation: with every new key one head off, the comparison above must fail."""
+    """Mutation: with every new key one head off, and nothing proven, the comparison above must fail."""
     model = tiny_model("llama")
     prompts = make_prompts(6, 10)
     expected = [reference_open(model, prompt, 8) for prompt in prompts]
     update = SlotLayer.update
     monkeypatch.setattr(SlotLayer, "update", lambda self, k, v, *a, **n: update(self, k.roll(1, dims=1), v, *a, **n))
+    monkeypatch.setattr("fitune.generate.batch_generation.choose_way", lambda *_: Choice(None, None))
     assert generate(model, prompts, max_new_tokens=8, eos_ids=[], pad_id=PAD) != expected
 
 

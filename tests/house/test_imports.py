@@ -15,6 +15,7 @@ LEVELS = [
     ["demo"],
     ["serve", "export"],
     ["train"],
+    ["audit"],
     ["evaluate", "plan"],
     ["generate", "step"],
     ["fuse"],

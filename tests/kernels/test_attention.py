@@ -34,27 +34,34 @@ def mask_of(documents: list[list[int]], row: int, tokens: int, window: int) -> T
     return mask
 
 
-def exact(tensors: tuple[Tensor, ...], documents: list[list[int]], window: int, scale: float) -> tuple[Tensor, ...]:
+def exact(
+    tensors: tuple[Tensor, ...], documents: list[list[int]], window: int, scale: float, cap: float
+) -> tuple[Tensor, ...]:  # fmt: skip
     q, k, v, grad = (x.double() for x in tensors)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     tokens = q.shape[1]
     masks = torch.stack([mask_of(documents, row, tokens, window) for row in range(q.shape[0])]).unsqueeze(1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=masks, scale=scale, enable_gqa=True
-    ).transpose(1, 2)
+    if cap:
+        keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], 2).transpose(1, 2) for x in (k, v))
+        scores = cap * torch.tanh(q.transpose(1, 2) @ keys.transpose(2, 3) * scale / cap)
+        out = (scores.masked_fill(~masks, float("-inf")).softmax(-1) @ values).transpose(1, 2)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=masks, scale=scale, enable_gqa=True
+        ).transpose(1, 2)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
 
 
 def check(
     tensors: tuple[Tensor, ...], documents: list[list[int]], window: int = 0, scale: float = 0.2,
-    backend: str = "native",
+    backend: str = "native", cap: float = 0.0,
 ) -> list[Tensor]:  # fmt: skip
     q, k, v, grad = tensors
     where = torch.tensor(documents, dtype=torch.int32)
     module = BACKENDS[backend]
-    out, lse = module.attention(q, k, v, where, window, scale)
-    found = [out, *module.attention_backward(grad, q, k, v, out, lse, where, window, scale)]
-    for one, expected in zip(found, exact(tensors, documents, window, scale), strict=True):
+    out, lse = module.attention(q, k, v, where, window, scale, cap)
+    found = [out, *module.attention_backward(grad, q, k, v, out, lse, where, window, scale, cap)]
+    for one, expected in zip(found, exact(tensors, documents, window, scale, cap), strict=True):
         assert one.dtype == q.dtype
         assert one.is_contiguous()
         # with a window of one token the gradients of queries and keys are exactly zero
@@ -80,6 +87,21 @@ LAYOUTS = {"whole": WHOLE, "packed": PACKED, "shared": SHARED}
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_layouts_and_windows(dtype: torch.dtype, layout: str, window: int, backend: str) -> None:
     check(make(2, 70, 4, 2, 16, dtype), LAYOUTS[layout], window, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("cap", [0.5, 3.0, 50.0])
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_bent_scores(dtype: torch.dtype, layout: str, cap: float, backend: str) -> None:
+    check(make(2, 70, 4, 2, 16, dtype), LAYOUTS[layout], 9, scale=0.8, backend=backend, cap=cap)
+
+
+def test_a_missing_cap_would_show() -> None:
+    tensors = make(1, 40, 2, 1, 16, torch.float32)
+    where = torch.tensor([[0, 0, 40, 0, 0]], dtype=torch.int32)
+    bent, straight = (native.attention(*tensors[:3], where, 0, 0.8, cap)[0] for cap in (3.0, 0.0))
+    assert float((bent - straight).norm()) > 0.01 * float(straight.norm())
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 1), (6, 2), (9, 3)])
@@ -122,7 +144,7 @@ def test_a_window_shifted_by_one_is_another_result() -> None:
     where = torch.tensor([[0, 0, 40, 0, 0]], dtype=torch.int32)
     for window in (1, 7, 39):
         shifted = native.attention(*tensors[:3], where, window + 1, 0.2)[0]
-        expected = exact(tensors, where.tolist(), window, 0.2)[0]
+        expected = exact(tensors, where.tolist(), window, 0.2, 0.0)[0]
         assert (shifted.double() - expected).norm() / expected.norm() > 100 * TOLERANCE[torch.float32]
 
 

@@ -297,8 +297,8 @@ def operands(name: str) -> list[tuple[object, ...]]:
         "gated_activation_backward": [(x, x, x, "silu")],
         "token_logprob_": [(x.clone(), torch.tensor([1, 2, 3]), with_gradient) for with_gradient in (False, True)],
         "rotate": [(random(4, 2, 8), torch.ones(4, 3), torch.zeros(4, 3), False)],
-        "attention": [(q, k, k, documents, 0, 0.3), (q, k, k, documents, 2, 0.3)],
-        "attention_backward": [(q, q, k, k, out, lse, documents, 0, 0.3)],
+        "attention": [(q, k, k, documents, 0, 0.3, 0.0), (q, k, k, documents, 2, 0.3, 5.0)],
+        "attention_backward": [(q, q, k, k, out, lse, documents, 0, 0.3, 0.0)],
     }[name]  # fmt: skip
 
 
@@ -328,8 +328,8 @@ with FakeTensorMode():
                             torch.bfloat16, "native")
     q = torch.empty(1, 8, 2, 64)
     d = torch.empty(1, 5, dtype=torch.int32)
-    o, lse = contract.attention(q, q, q, d, 0, 1.0, "native")
-    print([tuple(g.shape) for g in contract.attention_backward(o, q, q, q, o, lse, d, 0, 1.0, "native")])
+    o, lse = contract.attention(q, q, q, d, 0, 1.0, 0.0, "native")
+    print([tuple(g.shape) for g in contract.attention_backward(o, q, q, q, o, lse, d, 0, 1.0, 0.0, "native")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

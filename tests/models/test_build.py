@@ -12,7 +12,15 @@ import transformers
 from fitune.errors import InputError
 from fitune.models.build import build_dense
 from fitune.models.find import find_model
-from fitune.models.graph import build_graph, head_name, quantised_names, set_parameter
+from fitune.models.graph import (
+    build_graph,
+    check_quantised_share,
+    head_name,
+    is_plain_linear,
+    quantised_names,
+    quantised_share,
+    set_parameter,
+)
 from tiny_models import FAMILIES, config_of, model_of, write_model
 
 LLAMA3 = {
@@ -64,10 +72,37 @@ def test_what_is_quantised() -> None:
     assert head_name(graph) == "lm_head"
     names = quantised_names(graph)
     assert len(names) == 14
-    assert "lm_head" not in names
-    mixture = config_of("mixtral", num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(InputError, match=r"are in linear layers.*use method: lora or full"):
-        quantised_names(build_graph(mixture, torch.bfloat16))
+    assert "lm_head.weight" not in names
+    assert quantised_share(graph, names) > 0.99
+    check_quantised_share(graph, names)
+    with pytest.raises(InputError, match=r"only \d+% of the weights .* use method: lora or full"):
+        check_quantised_share(graph, names[:2])
+
+
+def test_experts_are_quantised_and_routers_are_not() -> None:
+    graph = build_graph(config_of("mixtral", num_local_experts=4, num_experts_per_tok=2), torch.bfloat16)
+    names = quantised_names(graph)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names
+    assert "model.layers.1.mlp.experts.down_proj" in names
+    assert not any("mlp.gate" in name for name in names)
+    assert quantised_share(graph, names) > 0.98
+    # A shared expert's size is no number of experts.
+    shared = build_graph(config_of("qwen2_moe", num_experts=8, shared_expert_intermediate_size=96), torch.bfloat16)
+    assert "model.layers.0.mlp.shared_expert.gate_proj.weight" in quantised_names(shared)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own() -> None:
+    class Backwards(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * x)
+
+    assert is_plain_linear(torch.nn.Linear(4, 3))
+    assert is_plain_linear(Backwards(4, 3, device="meta"))
+    assert not is_plain_linear(Doubled(4, 3))
 
 
 def test_no_causal_language_model() -> None:

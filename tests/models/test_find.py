@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fitune.errors import InputError
@@ -111,12 +113,17 @@ def test_hub_names_from_the_cache_or_one_sentence(tmp_path: Path, offline: str) 
         (stored / "refs" / "main").write_text("a" * 40)
         if has_tokenizer:
             (snapshot / "tokenizer.json").write_text("{}")
-    references = ["owner/whole", "owner/whole@main", "owner/nobody-has-it"]
+    pickled = tmp_path / "hub" / "models--owner--pickled"
+    shutil.copytree(tmp_path / "hub" / "models--owner--whole", pickled)
+    (weights,) = pickled.rglob("model.safetensors")
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    references = ["owner/whole", "owner/whole@main", "owner/pickled", "owner/nobody-has-it"]
     if offline == "1":
         references.append("owner/partial")
     found = find_elsewhere(references, tmp_path, HF_HUB_OFFLINE=offline)
     reason = "HF_HUB_OFFLINE forbids fetching it" if offline == "1" else "the hub cannot be reached"
-    assert found[:2] == ["hub owner/whole 12", "hub owner/whole@main 12"]
+    assert found[:3] == ["hub owner/whole 12", "hub owner/whole@main 12", "hub owner/pickled 12"]
     assert len(found) == len(references)
-    for line, reference in zip(found[2:], references[2:], strict=True):
+    for line, reference in zip(found[3:], references[3:], strict=True):
         assert line.startswith(f"1 model {reference!r}: not in the local cache, and {reason}"), line

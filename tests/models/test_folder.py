@@ -49,6 +49,20 @@ def test_reads_what_transformers_reads(folder: Path) -> None:
     assert source.tokenizer()("hi")["input_ids"] == [ord("h") - 32, ord("i") - 32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["20KB", "1GB"])
+def test_every_source_dtype_in_one_file_and_in_many(folder: Path, dtype: torch.dtype, shard: str) -> None:
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    target = folder.parent / "again"
+    expected.save_pretrained(target, max_shard_size=shard)
+    assert (len(list(target.glob("*.safetensors"))) > 1) is (shard == "20KB")
+    source = FolderSource(target)
+    assert source.config.dtype == dtype
+    for name, value in expected.state_dict().items():
+        assert source.dtype(name) == dtype
+        assert torch.equal(source.read(name), value)
+
+
 def test_reading_is_zero_copy(folder: Path) -> None:
     source = FolderSource(folder)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -121,7 +135,8 @@ def test_configurations_that_cannot_be_used(folder: Path) -> None:
             "'chatglm' is no causal language model",
         ),
         ({"model_type": "vit"}, "'vit' is no causal language model"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "already quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes quantised the weights, and none"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by hqq, which nothing here decodes"),
     ):
         (folder / "config.json").write_bytes(kept)
         _config(folder, **changed)
@@ -137,8 +152,8 @@ def test_folders_without_safetensors(folder: Path, tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(InputError, match="no weights"):
         FolderSource(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"only pickled weights \(pytorch_model\.bin\)"):
+    (folder / "consolidated.00.pth").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"only pickled weights that no convention names \(consolidated\.00\.pth\)"):
         FolderSource(folder)
     (folder / "a.Q4_0.gguf").write_bytes(b"x")
     with pytest.raises(InputError, match=r"give the file itself, e\.g\. .*a\.Q4_0\.gguf"):

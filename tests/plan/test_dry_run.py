@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
 
+from fitune.audit.tiny_configs import tiny_config
 from fitune.config.schema import RunConfig
+from fitune.errors import FituneError
+from fitune.fuse.head import LogitForm
 from fitune.hardware import detect
+from fitune.plan.anatomy import read_anatomy
 from fitune.plan.computation import Computation
-from fitune.plan.dry_run import Shape, step_memory, step_seconds
+from fitune.plan.dry_run import Shape, StepMemory, step_memory, step_seconds
 from fitune.plan.live_bytes import LiveBytes
+from fitune.plan.parts import Parts
 from fitune.plan.planner import Workload, make_plan
 from tiny_models import BACKEND, config_of
 
@@ -21,38 +27,35 @@ def run_of(method: str = "qlora", **train: object) -> RunConfig:
     return RunConfig.model_validate({"model": "tiny", "method": method, "data": {"train": "a"}, "train": train})
 
 
+def memory_of(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -> StepMemory:
+    return step_memory(run, config, read_anatomy(run, config, dtype), SHAPE, dtype, BACKEND)
+
+
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_memory_is_linear_in_layers(method: str, recompute: str) -> None:
     dtype = torch.float32 if method == "full" else torch.bfloat16
-    found = [
-        step_memory(run_of(method, recompute=recompute), config_of("llama", num_hidden_layers=3), layers, SHAPE,
-                    dtype, BACKEND) for layers in (1, 2, 3)
-    ]  # fmt: skip
-    for part, names in ((0, ("frozen", "trained")), (1, ("optimizer", "saved", "peak"))):
-        for name in names:
-            one, two, three = (getattr(pair[part], name) for pair in found)
-            assert three - two == pytest.approx(two - one, abs=0.02 * max(1, three)), name
-    memory = found[1][1]
-    assert 0 < memory.optimizer < memory.peak
-    assert 0 < memory.saved < memory.peak
+    run = run_of(method, recompute=recompute)
+    found = [memory_of(run, config_of("llama", num_hidden_layers=layers), dtype) for layers in (3, 5, 7)]
+    for name in ("optimizer", "saved", "peak"):
+        three, five, seven = (getattr(memory, name) for memory in found)
+        assert seven - five == pytest.approx(five - three, abs=0.02 * max(1, seven)), name
+    assert 0 < found[0].optimizer < found[0].peak
+    assert 0 < found[0].saved < found[0].peak
 
 
 def test_eight_bit_states_take_a_quarter() -> None:
-    config, shape = config_of("llama", num_hidden_layers=2), SHAPE
+    config = config_of("llama", num_hidden_layers=2)
     wide, narrow = (
-        step_memory(run_of("full", optimizer=name), config, 2, shape, torch.float32, BACKEND)[1].optimizer
-        for name in ("adamw", "adamw8bit")
+        memory_of(run_of("full", optimizer=name), config, torch.float32).optimizer for name in ("adamw", "adamw8bit")
     )
     assert 0.25 < narrow / wide < 0.35
 
 
 def test_accumulated_gradients_are_in_the_peak() -> None:
     config = config_of("llama", num_hidden_layers=2)
-    once, twice = (
-        step_memory(run_of("full", accumulation=count), config, 2, SHAPE, torch.float32, BACKEND) for count in (1, 2)
-    )
-    assert twice[1].peak > once[1].peak
+    once, twice = (memory_of(run_of("full", accumulation=count), config, torch.float32) for count in (1, 2))
+    assert twice.peak > once.peak
 
 
 def live_of(work) -> tuple[int, int]:
@@ -112,5 +115,13 @@ def test_a_plan_adds_up(method: str, layers: int) -> None:
     assert plan.as_dict()["fits"]
 
 
-def test_time_is_measured() -> None:
-    assert 0 < step_seconds(run_of(), config_of("llama"), 1, SHAPE, torch.float32, BACKEND) < 5
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_time_is_measured(family: str) -> None:
+    run, config = run_of(), config_of(family)
+    anatomy = read_anatomy(run, config, torch.float32)
+    assert 0 < step_seconds(run, config, anatomy, SHAPE, torch.float32, BACKEND, Parts(True, LogitForm())) < 5
+
+
+def test_a_model_that_looks_at_values_is_refused_in_a_sentence() -> None:
+    with pytest.raises(FituneError, match="blt model cannot be planned: its forward asks for values"):
+        memory_of(run_of(), tiny_config("blt"), torch.bfloat16)

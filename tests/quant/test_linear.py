@@ -49,7 +49,7 @@ def test_it_is_a_frozen_linear_layer() -> None:
     assert isinstance(linear, nn.Linear)
     assert (linear.in_features, linear.out_features) == (80, 48)
     assert not any(parameter.requires_grad for parameter in linear.parameters())
-    assert set(linear.state_dict()) == {"weight", "weight_absmax", "weight_nested_absmax", "bias"}
+    assert set(linear.state_dict()) == {"weight.codes", "weight.absmax", "weight.nested_absmax", "bias"}
     before = [value.clone() for value in linear.state_dict().values()]
     with torch.no_grad():
         linear.eval()(torch.randn(1, 80))

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fitune.kernels import contract, native
-from fitune.quant.nf4 import DYNAMIC_MAP, STATE_KEY, NF4Weight, quantise
+from fitune.kernels.reference import NF4_VALUES
+from fitune.quant.nf4 import DYNAMIC_MAP, STATE_KEY, NF4Weight, double_quantise, quantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [name for name in contract.BACKENDS if name != "native" or native.status().available]
@@ -43,13 +44,18 @@ def decoded_by_them(codes: Tensor, state: QuantState, dtype: torch.dtype) -> Ten
     return dense
 
 
-def assert_same_bits(weight: Tensor, backend: str) -> None:
+def assert_same_store(weight: Tensor, backend: str) -> tuple[NF4Weight, Tensor, QuantState]:
     codes, state = theirs(weight)
     ours = quantise(weight, backend)
     assert torch.equal(ours.codes, codes)
     assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(ours.nested_absmax, state.state2.absmax)
     assert torch.tensor(ours.offset, dtype=torch.float32).equal(state.offset.float())
+    return ours, codes, state
+
+
+def assert_same_bits(weight: Tensor, backend: str) -> None:
+    ours, codes, state = assert_same_store(weight, backend)
     for dtype in DTYPES:
         expected = decoded_by_them(codes, state, dtype)
         found = ours.dense(dtype, backend)
@@ -89,6 +95,98 @@ def test_odd_weights(backend: str) -> None:
     assert_same_bits(torch.full((4, 64), 0.25), backend)
     zero = quantise(torch.zeros(8, 64), backend)
     assert torch.equal(zero.dense(torch.float32, backend), torch.zeros(8, 64))
+
+
+# The smallest lies under the least number that bitsandbytes divides by.
+PEAKS = [1.0, 0.0371, 1e34, 2e-38, 5e-39]
+
+
+def every_bfloat16(peak: float) -> Tensor:
+    """[blocks, 64]: all values up to a peak, 63 to a block beside it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    top = torch.tensor(peak).to(torch.bfloat16)
+    every = every[every.float().abs() <= top.float()]
+    blocks = torch.nn.functional.pad(every, (0, -len(every) % 63)).view(-1, 63)
+    return torch.cat([top.expand(len(blocks), 1), blocks], dim=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("peak", PEAKS)
+def test_every_bfloat16_there_is(peak: float, backend: str) -> None:
+    assert_same_store(every_bfloat16(peak), backend)  # not decoded: bitsandbytes loses subnormal numbers there
+
+
+def beside_the_bounds() -> Tensor:
+    """[blocks, 64] float32 whose products with 1 / peak fall on the bounds between codes and just beside them."""
+    bounds = (torch.tensor(NF4_VALUES)[:-1] + torch.tensor(NF4_VALUES)[1:]) / 2
+    peaks = torch.cat([torch.ones(1), torch.rand(200, generator=torch.Generator().manual_seed(0)) + 0.01])
+    near = [bounds * peak for peak in peaks]
+    up, down = torch.tensor(float("inf")), torch.tensor(-float("inf"))
+    beside = [torch.cat([x, x.nextafter(up), x.nextafter(down), x.nextafter(up).nextafter(up)]) for x in near]
+    return torch.stack([torch.cat([x, peak.repeat(4)]) for x, peak in zip(beside, peaks, strict=True)])
+
+
+def test_values_on_the_bounds_and_beside_them() -> None:
+    weight = beside_the_bounds()
+    assert weight.shape == (201, 64)
+    for backend in BACKENDS:
+        assert_same_store(weight, backend)
+        for count in (70, 61, 31):  # a ragged last block divides instead
+            assert_same_store(weight.reshape(-1)[-count:].clone().view(1, -1), backend)
+
+
+def test_the_values_beside_the_bounds_catch_another_rounding() -> None:
+    """The test above would see it if weights were divided by their peak, or compared with `>=`."""
+    weight = beside_the_bounds()
+    bounds = (torch.tensor(NF4_VALUES)[:-1] + torch.tensor(NF4_VALUES)[1:]) / 2
+    right = torch.bucketize(weight * (1 / weight.amax(1)).unsqueeze(1), bounds)
+    assert not torch.equal(right, torch.bucketize(weight / weight.amax(1).unsqueeze(1), bounds))
+    assert not torch.equal(right, torch.bucketize(weight * (1 / weight.amax(1)).unsqueeze(1), bounds, right=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_value_that_is_no_number_spoils_its_block_for_all_to_see(backend: str) -> None:
+    for dtype in DTYPES:
+        for place in (0, 33, 63, 64, 70):
+            weight = weights((1, 75), dtype)
+            weight[0, place] = float("nan")
+            absmax = contract.nf4_quantise(weight, backend)[1]
+            assert absmax.isnan().tolist() == [place < 64, place >= 64]
+            weight[0, place] = -float("inf")
+            assert contract.nf4_quantise(weight, backend)[1].isinf().tolist() == [place < 64, place >= 64]
+
+
+@pytest.mark.parametrize("m", [1, 255, 256, 257, 1000])
+def test_double_quantisation_alone(m: int) -> None:
+    """Against bitsandbytes' 8-bit quantiser, over many magnitudes, with blocks whose maxima are all alike."""
+    generator = torch.Generator().manual_seed(m)
+    for exponent in range(-40, 30, 5):
+        absmax = torch.rand(m, generator=generator) * 10.0**exponent
+        absmax[: m // 2] = absmax[0]
+        codes, scales, offset = double_quantise(absmax)
+        expected, state = quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+        assert torch.equal(codes, expected)
+        assert torch.equal(scales, state.absmax)
+        assert torch.tensor(offset, dtype=torch.float32).equal(absmax.mean())
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason=native.status().reason)
+@pytest.mark.parametrize("instruction_set", ["scalar", "avx2", "avx512", "neon"])
+def test_every_instruction_set(instruction_set: str) -> None:
+    library = native._load()[2]
+    if instruction_set not in library.fitune_available().decode().split():
+        pytest.skip(f"this machine cannot run {instruction_set}")
+    table = library.fitune_kernels(instruction_set.encode()).contents
+    some = [weights((1, n), dtype) for n in (1, 2, 31, 63, 64, 65, 127, 1000) for dtype in DTYPES]
+    for weight in [*some, *(every_bfloat16(peak) for peak in PEAKS), beside_the_bounds(), torch.zeros(1, 64)]:
+        n = weight.numel()
+        room = torch.full(((n + 1) // 2 + 1,), 0xA5, dtype=torch.uint8)  # one byte more, which must stay
+        absmax = torch.empty((n + 63) // 64)
+        table.nf4_quantise(weight.data_ptr(), native.KINDS[weight.dtype], n, room.data_ptr(), absmax.data_ptr(), 1)
+        codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
+        assert torch.equal(room[:-1], codes.view(-1))
+        assert torch.equal(absmax, state.absmax)
+        assert room[-1] == 0xA5
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason=native.status().reason)

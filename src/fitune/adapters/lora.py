@@ -109,18 +109,26 @@ def load_adapter(
         from safetensors import safe_open
 
         with safe_open(weights, framework="pt") as handle:
-            keys = set(handle.keys())
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
         adapted = PeftModel.from_pretrained(
             model, str(folder), adapter_name=ADAPTER, config=config, is_trainable=trainable
         )
     except Exception as error:
         raise InputError(f"the adapter does not fit this model: {error}", where=folder) from error
     have = set(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False))
-    if keys != have:
-        odd = sorted(keys ^ have)
+    if tensors.keys() != have:
+        odd = sorted(tensors.keys() ^ have)
         raise InputError(
             f"{len(odd)} tensors of the adapter and the model do not match, such as {odd[0]}", where=folder
         )
+    # PEFT renames tensors as older checkpoints want it, and loses some whose names only look like theirs.
+    parameters = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            name, _, leaf = key.rpartition(".")
+            target = parameters.get(f"{name}.{ADAPTER}.{leaf}")
+            if target is not None:
+                target.copy_(tensor)
     return adapted
 
 

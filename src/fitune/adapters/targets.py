@@ -3,26 +3,67 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fitune.errors import InputError
+from fitune.models.graph import is_plain_linear, router_names
 
 
-def target_names(model: nn.Module, head: str, targets: str | Sequence[str]) -> list[str]:
+def refused_by_peft(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+    """Layers among `names` that PEFT cannot adapt in this model, and why.
+
+    PEFT takes the last part of some names for experts of older checkpoints, and so would adapt, and load, something
+    else; and it forbids a layer that state-space models go around. An adapter on these could not be loaded by it.
+    """
+    config = LoraConfig(r=1, target_modules=list(names))
+    convert_peft_config_for_transformers(config, model, None)
+    kept = set(config.target_modules or ())
+    refused = dict.fromkeys((name for name in names if name not in kept), "PEFT takes its name for one of experts")
+    for name in kept:
+        try:
+            _check_lora_target_modules_mamba(config, model, name.rsplit(".", 1)[-1])
+        except ValueError:
+            refused[name] = "PEFT does not adapt it in state-space models"
+    return refused
+
+
+def left_without_adapter(model: PreTrainedModel, head: str) -> dict[str, str]:
+    """Kinds of linear layers that "all-linear" leaves out although they are neither head nor router, and why."""
+    left = {head, *router_names(model)}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in left and not is_plain_linear(module):
+            found[name] = f"{type(module).__name__} computes something else than a linear layer"
+    wanted = [name for name, module in model.named_modules() if is_plain_linear(module) and name not in left]
+    found.update(refused_by_peft(model, wanted))
+    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in found.items()}
+
+
+def target_names(model: PreTrainedModel, head: str, targets: str | Sequence[str]) -> list[str]:
     """Full names of the linear layers to adapt.
 
     Args:
         head: name of the output head, never part of "all-linear".
-        targets: "all-linear", or names as in the model ("q_proj", or longer ends of a full name).
+        targets: "all-linear" (all but the head, the routers of mixtures and `refused_by_peft`), or names as in the
+            model ("q_proj", or longer ends of a full name).
 
     Raises:
         InputError: for names that match no linear layer, with the names there are.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [n for n, module in model.named_modules() if is_plain_linear(module) or isinstance(module, Conv1D)]
     if targets == "all-linear":
-        return [name for name in linears if name != head]
+        left = {head, *router_names(model)}
+        wanted = [name for name in linears if name not in left]
+        refused = refused_by_peft(model, wanted)
+        return [name for name in wanted if name not in refused]
     chosen: dict[str, None] = {}
     problems = []
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
@@ -33,6 +74,7 @@ def target_names(model: nn.Module, head: str, targets: str | Sequence[str]) -> l
             hint = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"{target!r} matches no linear layer{hint} (there are: {', '.join(known)})")
         chosen.update(dict.fromkeys(found))
+    problems += [f"{name}: {reason}" for name, reason in refused_by_peft(model, list(chosen)).items()]
     if problems:
         raise InputError(problems, where="lora.targets")
     return list(chosen)

@@ -116,6 +116,7 @@ def _open(
     model: str, database: Path | None, system: str | None, temperature: float, max_new_tokens: int,
     four_bit: bool | None, seed: int,
 ) -> _Talk:  # fmt: skip
+    from fitune.cli.output import print_warnings
     from fitune.data.conversation import Message
     from fitune.data.text_to_sql import read_schema, serialise_schema, sql_messages
     from fitune.generate.stopping import stop_ids
@@ -127,6 +128,7 @@ def _open(
     if database is not None:
         opening = sql_messages(serialise_schema(read_schema(database)), "")[:1]
     found = find_trained(model, four_bit)
+    print_warnings(found.source.warnings())
     if database is None:
         said = system if system is not None else found.config.data.system if found.config else None
         opening = (Message("system", said),) if said else ()

@@ -45,13 +45,14 @@ def command(
         problems.append(f"--html {html}: there is no folder {html.absolute().parent} to write it in")
     if problems:
         raise InputError(problems)
-    from fitune.cli.output import print_json
+    from fitune.cli.output import print_json, print_warnings
     from fitune.cli.score_page import answering, print_scores, scores_json
     from fitune.train.comparing import check_evaluation, compare_with_base, evaluate_one
     from fitune.train.trained_model import default_config, find_trained
 
     found = find_trained(model, four_bit)
     config = _settings(found.config or default_config(model), data, task, database, max_new_tokens)
+    print_warnings(found.source.warnings())
     samples = check_evaluation(config, found.source)
     read = len(samples)
     samples = samples[:limit]

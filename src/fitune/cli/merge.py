@@ -20,7 +20,7 @@ def command(
     """Merge an adapter into its 16-bit base, load the result anew and compare its logits."""
     from transformers.utils.logging import disable_progress_bar
 
-    from fitune.cli.output import gigabytes, print_facts, print_json
+    from fitune.cli.output import gigabytes, print_facts, print_json, print_warnings
     from fitune.export.merging import merge_adapter
     from fitune.train.trained_model import find_trained
 
@@ -29,6 +29,7 @@ def command(
     if found.adapter is None:
         what = "was fully fine-tuned: its model folder is whole" if found.run is not None else "has no adapter"
         raise InputError(f"{what}; there is nothing to merge", where=run)
+    print_warnings(found.source.warnings())
     folder = output or (found.run.path if found.run else found.adapter) / "merged"
     print(f"merging into {folder}", file=sys.stderr, flush=True)
     report = merge_adapter(found.source, found.adapter, folder, overwrite=overwrite)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def _plain(value: Any) -> Any:
 def print_json(facts: Mapping[str, Any]) -> None:
     """One JSON object on one line of stdout."""
     print(json.dumps(_plain(facts), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def print_warnings(sentences: Iterable[str]) -> None:
+    """One line each on stderr, where they are seen beside --json too."""
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def gigabytes(count_bytes: float) -> str:

@@ -12,37 +12,50 @@ from fitune.errors import InputError
 
 if TYPE_CHECKING:
     from fitune.config.schema import RunConfig
+    from fitune.models.source import ModelSource
     from fitune.plan.planner import Plan
 
 # The workload that is planned for where only a model is named.
 SAMPLES, SAMPLE_TOKENS, TRAINED_SHARE = 1000, 256, 0.5
 ASSUMED = f"Assumed, as no run file was given: {SAMPLES:,} samples of {SAMPLE_TOKENS} tokens, half of them trained."
+ASSUMED_WITH_STEPS = f"Assumed, as no run file was given: samples of {SAMPLE_TOKENS} tokens, half of them trained."
+ASSUMED_OF_PRESET = f"{ASSUMED_WITH_STEPS} How long the run takes follows from your data, or from train.steps=N."
 
 
 def command(
-    run: Annotated[str, typer.Argument(metavar="RUN.yaml|MODEL", help="A run file, or a model's name.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN.yaml|MODEL", help="A run file, a model's name, or a preset's (llama-2-13b).")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings instead of the file's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Show how much memory and time a run will take, whether it fits, and what was decided and why."""
-    from fitune.cli.output import print_json
+    from fitune.cli.output import print_json, print_warnings
     from fitune.cli.plan_page import print_plan
 
     if is_run_file(run):
         from fitune import config
         from fitune.train.run import plan_run, prepare_run
 
-        plan, assumed = plan_run(prepare_run(config.load(Path(run), overrides or ()))), None
+        prepared = prepare_run(config.load(Path(run), overrides or ()))
+        assumed, note, warnings = None, None, prepared.source.warnings()
+        print_warnings(warnings)
+        plan = plan_run(prepared)
     else:
-        plan, assumed = _plan_model(run, overrides or []), ASSUMED
+        from fitune.models.presets import open_to_plan
+
+        source = open_to_plan(run)
+        note, warnings = source.note, source.warnings()
+        print_warnings(warnings)
+        plan, assumed = _plan_model(source, run, overrides or [])
     if as_json:
-        print_json({**plan.as_dict(), "assumed": assumed})
+        print_json({**plan.as_dict(), "assumed": assumed, "note": note, "warnings": warnings})
         return
     print_plan(plan)
     if assumed:
-        print(f"\n{assumed}")
+        print(f"\n{assumed}" + (f"\nNote: {note}." if note else ""))
     else:
         print(f"\nNext: fitune train {' '.join([run, *(overrides or [])])}")
 
@@ -53,26 +66,26 @@ def is_run_file(words: str) -> bool:
     return path.suffix.lower() in (".yaml", ".yml") or (path.is_file() and path.suffix.lower() != ".gguf")
 
 
-def _plan_model(model: str, overrides: list[str]) -> Plan:
-    import torch
-
+def _plan_model(source: ModelSource, model: str, overrides: list[str]) -> tuple[Plan, str]:
+    """The plan, and what had to be assumed for it."""
     from fitune.hardware import detect
-    from fitune.models.find import find_model
     from fitune.plan.computation import choose_computation
     from fitune.plan.planner import Workload, make_plan
     from fitune.train.loop import LEARNING_RATES
 
-    source = find_model(model)
     config = _settings_for(model, overrides)
     hardware = detect()
     computation = choose_computation(config, hardware)
-    torch.set_num_threads(computation.threads)
+    computation.begin()
     train, tokens = config.train, SAMPLES * SAMPLE_TOKENS
     step_tokens = config.data.max_tokens * train.micro_batch * train.accumulation
-    steps = train.steps or -(-round(tokens * train.epochs) // step_tokens)
+    # Who plans for a preset has neither weights nor data yet: a length would be invented.
+    steps = train.steps or (0 if source.kind == "preset" else -(-round(tokens * train.epochs) // step_tokens))
     workload = Workload(steps, steps * step_tokens, SAMPLE_TOKENS, TRAINED_SHARE, config.data.max_tokens)
     rate = train.learning_rate or LEARNING_RATES[config.method]
-    return make_plan(config, source.reference, source.config, computation, hardware, workload, rate)
+    plan = make_plan(config, source.reference, source.config, computation, hardware, workload, rate)
+    assumed = ASSUMED if source.kind != "preset" else ASSUMED_OF_PRESET if not steps else ASSUMED_WITH_STEPS
+    return plan, assumed
 
 
 def _settings_for(model: str, overrides: list[str]) -> RunConfig:

@@ -22,7 +22,8 @@ def print_plan(plan: Plan) -> None:
     print(f"\n{fits_sentence(plan)}\n")
     lines = {item.name: _value(item) for item in plan.settings}
     if plan.seconds_per_step:
-        lines["time"] = f"{plan.seconds_per_step:.2f} s a step, {clock(plan.seconds)} in all  (probe)"
+        in_all = f", {clock(plan.seconds)} in all" if plan.seconds else ""
+        lines["time"] = f"{plan.seconds_per_step:.2f} s a step{in_all}  (probe)"
     print_facts("Settings", lines)
 
 

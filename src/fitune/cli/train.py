@@ -25,7 +25,7 @@ def command(
 ) -> None:
     """Train a model: show the data and the plan, train, and say what came out."""
     from fitune import config as run_file
-    from fitune.cli.output import print_json
+    from fitune.cli.output import print_json, print_warnings
 
     path = run / "config.yaml" if (run / "config.yaml").is_file() else run
     config = run_file.load(path, overrides or ())
@@ -43,6 +43,8 @@ def command(
 
     folder = RunFolder(Path(config.output) if config.output else default_folder(config))
     prepared = prepare_run(config)
+    warnings = prepared.source.warnings()
+    print_warnings(warnings)
     judged = config.evaluate.task != "none"
     samples = check_evaluation(config, prepared.source) if judged else []
     if not as_json:
@@ -57,7 +59,7 @@ def command(
                 raise InputError(f"{fits_sentence(plan)}; --force trains all the same", where=path)
             view.say(f"warning: {fits_sentence(plan)}; training all the same, as --force says")
         outcome = train_run(prepared, plan, folder, resume, view, view.quantising, view.say)
-    facts = _facts(outcome)
+    facts = _facts(outcome) | {"warnings": warnings}
     scores: tuple[TaskEvaluation | None, TaskEvaluation] | None = None
     if judged:
         from fitune.cli.score_page import answering, scores_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -38,11 +39,16 @@ def _field(section: type[Section], name: str, indent: str, chosen: Any = Pydanti
 
 
 def starter_file(
-    model: str = "bundled", data: str = "train.jsonl", method: str = "qlora", name: str = "run.yaml"
-) -> str:
-    """A commented run file that trains `model` on the file `data`; `name` is what it will be called."""
-    chosen = {"model": model, "method": method}
-    lines = [_HEAD.format(name=name)]
+    model: str = "bundled", data: str = "train.jsonl", method: str = "qlora", name: str = "run.yaml",
+    settings: Mapping[str, Any] | None = None, origin: str | None = None,
+) -> str:  # fmt: skip
+    """A commented run file that trains `model` on the file `data`; `name` is what it will be called.
+
+    `settings` are filled in ({"lora.rank": 64}); `origin` says in the file's head where they come from.
+    """
+    given = dict(settings or {})
+    chosen = {"model": model, "method": method, **given}
+    lines = [_HEAD.format(name=name) + (f"# The settings that are filled in: {origin}\n" if origin else "")]
     sections: list[tuple[str, type[Section]]] = []
     for field in RunConfig.model_fields:
         inner = section_of(field_options(RunConfig, field))
@@ -56,7 +62,7 @@ def starter_file(
             if section is DataSettings and field == "train":
                 lines += _train(data)
             else:
-                lines += _field(section, field, "  ")
+                lines += _field(section, field, "  ", given.get(f"{title}.{field}", PydanticUndefined))
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fitune.errors import InputError
 from fitune.models.source import ModelSource
@@ -33,7 +36,10 @@ _BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One adapted module: A [R, in], B [out, R] and the factor on their product."""
+    """One adapted module: A [R, in], B [out, R] and the factor on their product.
+
+    `is_transposed`: the base's weight is [in, out], as in transformers' `Conv1D`.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
@@ -46,8 +52,10 @@ class LoraPair:
         return product.T if self.is_transposed else product
 
 
-def read_adapter(folder: Path, source: ModelSource, allow_other_base: bool = False) -> dict[str, LoraPair]:
-    """Adapter folder -> weight name in the base -> pair.
+def read_adapter(
+    folder: Path, source: ModelSource, graph: PreTrainedModel, allow_other_base: bool = False
+) -> dict[str, LoraPair]:
+    """Adapter folder -> name of a weight in `graph`, the model of `source` -> pair.
 
     Raises InputError, with all problems at once, for an adapter of another base, of a kind that is not plain
     LoRA or rsLoRA, or with a tensor that has no place or another shape.
@@ -66,14 +74,14 @@ def read_adapter(folder: Path, source: ModelSource, allow_other_base: bool = Fal
             problems.append(f"tensor {key} is no part of a LoRA pair on a weight matrix")
         else:
             sides.setdefault(matched["module"], {})[matched["side"]] = tensor
-    names = set(source.tensor_names())
+    modules = dict(graph.named_modules())
     pairs: dict[str, LoraPair] = {}
     for module, found in sides.items():
-        problem = _check_pair(module, found, config, source, names)
+        problem = _check_pair(module, found, config, graph, modules.get(module))
         if problem is None:
-            pairs[f"{module}.weight"] = LoraPair(
-                found["A"], found["B"], _scaling(module, config), bool(config.get("fan_in_fan_out"))
-            )
+            # Not what the configuration says: PEFT goes by the kind of each layer, and writes down the last one's.
+            is_transposed = isinstance(modules[module], Conv1D)
+            pairs[f"{module}.weight"] = LoraPair(found["A"], found["B"], _scaling(module, config), is_transposed)
         else:
             problems.append(problem)
     if not sides and not problems:
@@ -85,25 +93,26 @@ def read_adapter(folder: Path, source: ModelSource, allow_other_base: bool = Fal
 
 
 def _check_pair(
-    module: str, found: dict[str, torch.Tensor], config: dict[str, Any], source: ModelSource, names: set[str]
-) -> str | None:
+    module: str, found: dict[str, torch.Tensor], config: dict[str, Any], graph: PreTrainedModel,
+    layer: nn.Module | None,
+) -> str | None:  # fmt: skip
     if set(found) != {"A", "B"}:
         return f"{module}: lora_{next(iter(found))} is there without its partner"
     weight = f"{module}.weight"
-    if weight not in names:
-        is_tied_head = module == "lm_head" and getattr(source.config, "tie_word_embeddings", False)
-        reason = " (the head is tied to the embeddings; merging would change both)" if is_tied_head else ""
-        return f"{module}: the base has no tensor {weight}{reason}"
+    for one, other in graph.all_tied_weights_keys.items():
+        if weight in (one, other):
+            return f"{module}: {one} is tied to {other}; merging would change both"
+    if layer is None or not isinstance(getattr(layer, "weight", None), nn.Parameter):
+        return f"{module}: the base has no tensor {weight}"
     down, up = found["A"], found["B"]
     rank = _of_pattern("rank_pattern", module, config, config.get("r"))
-    stored = source.shape(weight)
-    wanted = stored[::-1] if config.get("fan_in_fan_out") else stored
-    if down.ndim != 2 or up.ndim != 2 or len(stored) != 2:
-        return f"{module}: only LoRA on two-dimensional weights is merged"
-    if down.shape[0] != rank or up.shape[1] != rank or (up.shape[0], down.shape[1]) != tuple(wanted):
+    stored = tuple(layer.weight.shape)
+    wanted = stored[::-1] if isinstance(layer, Conv1D) else stored
+    if not isinstance(layer, (nn.Linear, Conv1D)) or down.ndim != 2 or up.ndim != 2:
+        return f"{module}: only LoRA on linear layers is merged, found {type(layer).__name__}"
+    if down.shape[0] != rank or up.shape[1] != rank or (up.shape[0], down.shape[1]) != wanted:
         return (
-            f"{module}: B {tuple(up.shape)} @ A {tuple(down.shape)} of rank {rank} does not fit a weight of "
-            f"{tuple(stored)}"
+            f"{module}: B {tuple(up.shape)} @ A {tuple(down.shape)} of rank {rank} does not fit a weight of {stored}"
         )
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         return f"{module}: the adapter holds values that are not finite"

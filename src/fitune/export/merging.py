@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from fitune.atomic import new_folder
 from fitune.errors import DiskFullError, FituneError, InputError
-from fitune.export.adapter_delta import LoraPair, read_adapter
-from fitune.export.shards import TensorPlan, plan_shards, write_shards
+from fitune.export.adapter_delta import read_adapter
+from fitune.export.merged_tensors import MergedTensors
+from fitune.export.shards import plan_shards, write_shards
 from fitune.export.verify import Comparison, compare_with_adapter
+from fitune.models.conversion import GraphTensors
 from fitune.models.folder import TOKENIZER_FILES
+from fitune.models.graph import build_graph
 from fitune.models.source import ModelSource
 
 # Tokenizer and configuration files beside the weights, with room to spare.
@@ -31,7 +30,8 @@ class MergeReport:
         output: the checkpoint folder.
         files: its weight files.
         weight_bytes: their size without headers.
-        tensors, merged_tensors: how many were written, and how many of them the adapter changed.
+        tensors: how many were written.
+        merged_tensors: how many weights of the model the adapter changed.
         tokenizer_from: `adapter` where its folder carries a tokenizer, else `base`.
         comparison: the logits of the written folder against base + adapter.
         note: the base's own note.
@@ -59,9 +59,10 @@ def merge_adapter(
 ) -> MergeReport:
     """Writes base + adapter as a Hugging Face checkpoint in the base's own dtype.
 
-    Each adapted weight is W + scaling * B @ A in float32, cast once. The folder is written beside `output`,
-    loaded anew, compared with base + adapter through PEFT, and only then takes its name: where anything
-    fails, nothing is left and what stood at `output` before still stands.
+    Each adapted weight is W + scaling * B @ A in float32, cast once. Names are those of the base's checkpoint;
+    what the adapter does not touch (experts of a mixture, the other towers of a multimodal model) is written as it
+    is. The folder is written beside `output`, loaded anew, compared with base + adapter through PEFT, and only then
+    takes its name: where anything fails, nothing is left and what stood at `output` before still stands.
 
     Args:
         progress: told the bytes done and the bytes in all.
@@ -76,21 +77,17 @@ def merge_adapter(
     if max_shard_bytes <= 0:
         raise InputError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
     _check_output(output, overwrite)
-    pairs = read_adapter(adapter_folder, source, allow_other_base)
-    plans = [TensorPlan(name, source.shape(name), source.dtype(name)) for name in source.tensor_names()]
-    weight_bytes = sum(plan.size_bytes for plan in plans)
+    graph = build_graph(source.config, source.config.dtype)
+    tensors = GraphTensors(source, graph)
+    tensors.check()
+    pairs = read_adapter(adapter_folder, source, graph, allow_other_base)
+    merged = MergedTensors(source, graph, tensors, pairs)
+    weight_bytes = sum(plan.size_bytes for plan in merged.plans)
     _check_disk(output, weight_bytes)
-
-    left = set(pairs)
-
-    def read(name: str) -> torch.Tensor:
-        left.discard(name)
-        return _merged(source.read(name), pairs.get(name))
-
-    with _new_folder(output, overwrite) as folder:
-        paths = write_shards(folder, plan_shards(plans, max_shard_bytes), read, progress)
-        if left:
-            raise FituneError(f"{len(left)} adapter tensors were not merged, e.g. {min(left)}")
+    with new_folder(output, overwrite) as folder:
+        paths = write_shards(folder, plan_shards(merged.plans, max_shard_bytes), merged.read, progress)
+        if merged.unmerged:
+            raise FituneError(f"{len(merged.unmerged)} adapter tensors were not merged, e.g. {merged.unmerged[0]}")
         source.write_companions(folder)
         tokenizer_from = "adapter" if _copy_tokenizer(adapter_folder, folder) else "base"
         comparison = compare_with_adapter(folder, source, adapter_folder, tokenizer_from == "base")
@@ -105,16 +102,12 @@ def merge_adapter(
         output=output,
         files=[output / path.name for path in paths],
         weight_bytes=weight_bytes,
-        tensors=len(plans),
+        tensors=len(merged.plans),
         merged_tensors=len(pairs),
         tokenizer_from=tokenizer_from,
         comparison=comparison,
         note=source.note,
     )
-
-
-def _merged(weight: torch.Tensor, pair: LoraPair | None) -> torch.Tensor:
-    return weight if pair is None else (weight.float() + pair.delta()).to(weight.dtype)
 
 
 def _copy_tokenizer(adapter_folder: Path, folder: Path) -> bool:
@@ -144,52 +137,3 @@ def _check_disk(output: Path, weight_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise DiskFullError(f"{output}: the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-
-
-@contextmanager
-def _new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block ends well, and vanishes otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.iterdir():
-            _to_disk(path)
-        _to_disk(partial)
-        _take_name(partial, output, overwrite)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"{output}: the disk ran full; nothing was left behind") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _to_disk(output.parent)
-
-
-def _take_name(partial: Path, output: Path, overwrite: bool) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    if not overwrite:
-        # Only an empty folder may stand here; rmdir refuses any other.
-        output.rmdir()
-        partial.rename(output)
-        return
-    old = output.parent / f".{output.name}.{os.getpid()}.old"
-    output.rename(old)
-    try:
-        partial.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from fitune.models.checkpoint_files import CODES
+
 _ALIGNMENT_BYTES = 8
 
 

@@ -9,11 +9,23 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from fitune.errors import FituneError
+from fitune.export.adapter_delta import WEIGHTS
+from fitune.models.build import build_dense
+from fitune.models.conversion import GraphTensors
 from fitune.models.folder import FolderSource
+from fitune.models.graph import build_graph
 from fitune.models.source import ModelSource
 
 PROMPTS = (
@@ -70,12 +82,14 @@ def compare_with_adapter(
     is to be the base's (`keeps_tokenizer`) and gives other tokens.
     """
     prompts = _tokens(merged, source, keeps_tokenizer)
-    parameters = sum(torch.Size(source.shape(name)).numel() for name in source.tensor_names())
+    names = [*source.tensor_names(), *source.carried_names()]
+    parameters = sum(torch.Size(source.shape(name)).numel() for name in names)
     is_small = 2 * 4 * parameters < psutil.virtual_memory().available
     compute = torch.float32 if is_small else source.config.dtype
     base = _build_base(source, compute)
     plain = _logits(base, prompts)
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    _check_adapter(model, adapter / WEIGHTS)
     reference = _logits(model, prompts)
     peft_merged = model.merge_and_unload()
     _round_weights(peft_merged, source)
@@ -113,24 +127,31 @@ def _tokens(merged: Path, source: ModelSource, keeps_tokenizer: bool) -> list[li
 
 
 def _build_base(source: ModelSource, compute: torch.dtype) -> torch.nn.Module:
-    if isinstance(source, FolderSource):
+    """The base as transformers itself loads it, where its files are what transformers reads; else from `read`."""
+    if isinstance(source, FolderSource) and source.is_plain:
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype=compute, local_files_only=True).eval()
-    weights = {name: source.read(name).to(compute) for name in source.tensor_names()}
-    # The automatic class wants a name even where weights are given.
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
-    model, report = model_class.from_pretrained(
-        None, config=source.config, state_dict=weights, dtype=compute, output_loading_info=True
-    )
-    _check_loaded(report, "the base")
-    return model.eval()
+    # Trainable is to say: copies, which PEFT may merge into, not views of the file.
+    model = build_dense(source, compute, trainable=True)
+    return model.requires_grad_(False).eval()
 
 
 def _load_merged(merged: Path, compute: torch.dtype) -> torch.nn.Module:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        merged, dtype=compute, local_files_only=True, output_loading_info=True
-    )
+    """The written model in its own class; of a multimodal one all of it."""
+    config = AutoConfig.from_pretrained(merged, local_files_only=True)
+    kind: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model, report = kind.from_pretrained(merged, dtype=compute, local_files_only=True, output_loading_info=True)
     _check_loaded(report, "the merged model")
     return model.eval()
+
+
+def _check_adapter(model: PeftModel, weights: Path) -> None:
+    """PEFT only warns where it finds no place for a tensor."""
+    with safe_open(weights, framework="pt") as file:
+        written = set(file.keys())
+    loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if written != loaded:
+        odd = sorted(written ^ loaded)
+        raise FituneError(f"PEFT loads other tensors than {weights} holds, e.g. {odd[0]}: nothing to compare with")
 
 
 def _check_loaded(report: dict[str, Any], what: str) -> None:
@@ -141,11 +162,14 @@ def _check_loaded(report: dict[str, Any], what: str) -> None:
 
 def _round_weights(model: torch.nn.Module, source: ModelSource) -> None:
     """Every parameter to its source's dtype and back, as the written file has it."""
-    names = set(source.tensor_names())
+    graph: PreTrainedModel = build_graph(source.config, source.config.dtype)
+    dtypes = {
+        name: dtype for group in GraphTensors(source, graph).groups for name, (_, dtype) in group.targets.items()
+    }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in names:
-                parameter.copy_(parameter.to(source.dtype(name)))
+            if name in dtypes:
+                parameter.copy_(parameter.to(dtypes[name]))
 
 
 @torch.no_grad()

@@ -33,15 +33,15 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why a model's attention cannot be done by documents; None if it can."""
-    config = model.config
+    """Why a model's attention cannot be done by documents; None if it can, by its structure."""
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not getattr(model, "_supports_attention_backend", False):
         return "the model takes no other attention function"
     if not kinds <= _KINDS:
         return f"there are layers of kinds {', '.join(sorted(kinds - _KINDS))}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "scores are capped"
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return "there are layers with convolutions along the sequence"
     if getattr(config, "attention_dropout", 0.0):
         return "attention has dropout"
     return None
@@ -58,7 +58,7 @@ def _attention_of(backend: str) -> Any:
     def document_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-        documents: Tensor | None = None, is_causal: bool | None = None, **kwargs: Any,
+        documents: Tensor | None = None, is_causal: bool | None = None, softcap: float | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """query [B, H, T, D], key and value [B, K, S, D] -> [B, T, H, D].
 
@@ -73,17 +73,27 @@ def _attention_of(backend: str) -> Any:
         query, key = query.to(value.dtype), key.to(value.dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if documents is not None:
+            narrow = value.shape[-1]
+            if narrow < query.shape[-1]:  # latent attention: values narrower than keys
+                value = F.pad(value, (0, query.shape[-1] - narrow))
             if not query.shape[-1] == key.shape[-1] == value.shape[-1] or query.shape[2] != key.shape[2]:
                 raise FituneError(
                     f"attention does not cover queries {tuple(query.shape)}, keys {tuple(key.shape)}, "
                     f"values {tuple(value.shape)} ({type(module).__name__})"
                 )
             out = _DocumentAttention.apply(
-                *(x.transpose(1, 2) for x in (query, key, value)), documents, sliding_window or 0, scale, backend
+                *(x.transpose(1, 2) for x in (query, key, value)),
+                documents,
+                sliding_window or 0,
+                scale,
+                softcap or 0.0,
+                backend,
             )
-            return out, None
+            return out[..., :narrow], None
         if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
             raise FituneError("a sliding window needs a mask or documents")
+        if softcap:
+            return _capped(query, key, value, attention_mask, scale, softcap), None
         causal = attention_mask is None and query.shape[2] > 1
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
@@ -94,21 +104,43 @@ def _attention_of(backend: str) -> Any:
     return document_attention
 
 
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float
+) -> Tensor:  # fmt: skip
+    """Attention with bent scores, which torch's own cannot: for few queries at a time."""
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3)
+    scores = cap * torch.tanh(scores.float() * (scale / cap))
+    if mask is None:
+        queries, keys = scores.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1).to(value.dtype) @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous()
+
+
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float, backend: str
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Tensor,
+        window: int,
+        scale: float,
+        cap: float,
+        backend: str,
     ) -> Tensor:
-        out, lse = contract.attention(q, k, v, documents, window, scale, backend)
+        out, lse = contract.attention(q, k, v, documents, window, scale, cap, backend)
         ctx.save_for_backward(q, k, v, out, lse, documents)
-        ctx.settings = window, scale, backend
+        ctx.settings = window, scale, cap, backend
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, documents = ctx.saved_tensors
         grads = contract.attention_backward(grad_out, q, k, v, out, lse, documents, *ctx.settings)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 _DOCUMENTS_GIVEN: ContextVar[bool] = ContextVar("documents_given", default=False)

@@ -36,10 +36,20 @@ class FusedGatedMLP(nn.Module):
             result: Tensor = self.original_forward(x)
             return result
         (gate, ga, gb, gs), (up, ua, ub, us), (down, da, db, ds) = parts  # type: ignore[misc]
-        out: Tensor = _GatedMLP.apply(
-            x, (gate, up, down), (gs, us, ds), self.activation, self.backend, ga, gb, ua, ub, da, db
+        flat: Tensor = _GatedMLP.apply(
+            x.reshape(-1, x.shape[-1]),
+            (gate, up, down),
+            (gs, us, ds),
+            self.activation,
+            self.backend,
+            ga,
+            gb,
+            ua,
+            ub,
+            da,
+            db,
         )
-        return out
+        return flat.view(x.shape)
 
 
 def _factors(layer: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, float] | None:
@@ -74,28 +84,26 @@ class _GatedMLP(torch.autograd.Function):
             LoraProduct.of(base, factors[2 * i], factors[2 * i + 1], scalings[i], x.dtype)
             for i, base in enumerate(bases)
         )
-        flat = x.reshape(-1, x.shape[-1])
-        gated, gate_u = gate.forward(flat)
-        upped, up_u = up.forward(flat)
+        gated, gate_u = gate.forward(x)
+        upped, up_u = up.forward(x)
         inner = contract.gated_activation(gated, upped, activation, backend)
         out, down_u = down.forward(inner)
         ctx.products = gate, up, down
         ctx.activation, ctx.backend = activation, backend
-        ctx.save_for_backward(flat, gated, upped, gate_u, up_u, down_u)
-        return out.view(x.shape)
+        ctx.save_for_backward(x, gated, upped, gate_u, up_u, down_u)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gated, upped, gate_u, up_u, down_u = ctx.saved_tensors
         gate, up, down = ctx.products
-        grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_inner, down_v = down.grad_input(grad)
+        grad_inner, down_v = down.grad_input(grad_out)
         grad_gated, grad_upped, inner = contract.gated_activation_backward(
             grad_inner, gated, upped, ctx.activation, ctx.backend
         )
-        down_grads = down.grad_adapter(grad, inner, down_u, down_v)
+        down_grads = down.grad_adapter(grad_out, inner, down_u, down_v)
         grad_x, gate_v = gate.grad_input(grad_gated)
         gate_grads = gate.grad_adapter(grad_gated, x, gate_u, gate_v)
         grad_x, up_v = up.grad_input(grad_upped, into=grad_x)
         up_grads = up.grad_adapter(grad_upped, x, up_u, up_v)
-        return grad_x.view(grad_out.shape), None, None, None, None, *gate_grads, *up_grads, *down_grads
+        return grad_x, None, None, None, None, *gate_grads, *up_grads, *down_grads

@@ -7,6 +7,7 @@ preference objectives, weights) only scales those rows in the backward pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,14 +24,51 @@ CHUNK_TOKENS = 128
 CHUNK_STEP = 32
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str) -> Tensor:
+@dataclass(frozen=True)
+class LogitForm:
+    """What a model makes of the head's products x before they are logits: scale * x, bent to at most `cap`.
+
+    With a cap: cap * tanh(scale * x / cap). 0: none.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def apply(self, products: Tensor) -> Tensor:
+        """Logits, for comparison."""
+        scaled = products * self.scale
+        return self.cap * torch.tanh(scaled / self.cap) if self.cap else scaled
+
+
+PLAIN_LOGITS = LogitForm()
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str, form: LogitForm = PLAIN_LOGITS
+) -> Tensor:  # fmt: skip
     """hidden [N, C], head weight [V, C], targets [N] -> log p(target | hidden) [N], float32, differentiable."""
-    out: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, backend)
+    if form.scale != 1.0:
+        hidden = hidden * form.scale
+        bias = None if bias is None else bias * form.scale
+    out: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, backend, form.cap)
     return out
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+def _score(products: Tensor, targets: Tensor, with_gradient: bool, backend: str, cap: float) -> Tensor:
+    """The targets' log-probabilities [n]; `products` becomes their gradient with respect to itself if asked for."""
+    if not cap:
+        logprob: Tensor = contract.token_logprob_(products, targets, with_gradient, backend)
+        return logprob
+    bent = torch.tanh(products.float() / cap)
+    logits = (bent * cap).to(products.dtype)
+    logprob = contract.token_logprob_(logits, targets, with_gradient, backend)
+    if with_gradient:
+        torch.mul(logits, (1 - bent.square_()).to(products.dtype), out=products)
+    return logprob
 
 
 def _filled_up(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +80,7 @@ def _filled_up(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str, cap: float
     ) -> Tensor:
         frozen = not any(ctx.needs_input_grad[1:3])
         matrix = weight.detach().to(hidden.dtype)
@@ -54,11 +92,11 @@ class _TokenLogprobs(torch.autograd.Function):
         slope = torch.empty_like(hidden) if wanted else None
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            logits = _logits(hidden[rows], matrix, offset)
-            logprob[rows] = contract.token_logprob_(logits, targets[rows], wanted, backend)
+            products = _products(hidden[rows], matrix, offset)
+            logprob[rows] = _score(products, targets[rows], wanted, backend, cap)
             if slope is not None:
-                torch.mm(logits, matrix, out=slope[rows])
-        ctx.backend, ctx.frozen = backend, frozen
+                torch.mm(products, matrix, out=slope[rows])
+        ctx.backend, ctx.frozen, ctx.cap = backend, frozen, cap
         if frozen:
             ctx.save_for_backward(None if slope is None else slope[:count])
         else:  # the head learns: its gradient needs the loss's own scale, so the logits are made again
@@ -69,7 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprob: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.frozen:
             (slope,) = ctx.saved_tensors
-            return slope * grad_logprob.unsqueeze(1).to(slope.dtype), None, None, None, None
+            return slope * grad_logprob.unsqueeze(1).to(slope.dtype), None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         count = grad_logprob.shape[0]
         grad_logprob = F.pad(grad_logprob, (0, hidden.shape[0] - count))
@@ -80,12 +118,12 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            logits = _logits(hidden[rows], matrix, offset)
-            contract.token_logprob_(logits, targets[rows], True, ctx.backend)
-            logits *= grad_logprob[rows].unsqueeze(1).to(logits.dtype)
-            torch.mm(logits, matrix, out=grad_hidden[rows])
-            grad_weight += torch.mm(logits.t(), hidden[rows])
+            slopes = _products(hidden[rows], matrix, offset)
+            _score(slopes, targets[rows], True, ctx.backend, ctx.cap)
+            slopes *= grad_logprob[rows].unsqueeze(1).to(slopes.dtype)
+            torch.mm(slopes, matrix, out=grad_hidden[rows])
+            grad_weight += torch.mm(slopes.t(), hidden[rows])
             if grad_bias is not None:
-                grad_bias += logits.float().sum(0)
+                grad_bias += slopes.float().sum(0)
         bias_grad = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden[:count], grad_weight.to(weight.dtype), bias_grad, None, None
+        return grad_hidden[:count], grad_weight.to(weight.dtype), bias_grad, None, None, None

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from fitune.fuse.lora_product import LoraProduct
+from fitune.models.graph import is_plain_linear
 
 # LoRA variants change the formula; PEFT's own layers handle them.
 _VARIANTS = (
@@ -45,15 +46,16 @@ class FusedLoraLinear(PeftLinear):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         a, b, scaling = self.factors(adapter)
-        out: Tensor = _LoraLinear.apply(x, self.get_base_layer(), a, b, scaling)
-        return out
+        # Reshaped outside: callers may write into what they get, which autograd forbids for views made inside.
+        flat: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), self.get_base_layer(), a, b, scaling)
+        return flat.view(*x.shape[:-1], -1)
 
 
 def fused_lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
     """The factory for PEFT's custom-module hook: a FusedLoraLinear, or None for a variant it does not cover."""
     if any(getattr(config, name, None) for name in _VARIANTS) or config.init_lora_weights is not True:
         return None
-    if not isinstance(target, nn.Linear):
+    if not is_plain_linear(target):
         return None
     return FusedLoraLinear(target, adapter_name, config=config, **kwargs)
 
@@ -62,17 +64,15 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         product = LoraProduct.of(base, a, b, scaling, x.dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        y, u = product.forward(flat)
+        y, u = product.forward(x)
         ctx.product = product
-        ctx.save_for_backward(flat, u)
-        return y.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x, u)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
         x, u = ctx.saved_tensors
         product: LoraProduct = ctx.product
-        grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_x, v = product.grad_input(grad)
-        grad_a, grad_b = product.grad_adapter(grad, x, u, v)
-        return grad_x.view(*grad_out.shape[:-1], -1), None, grad_a, grad_b, None
+        grad_x, v = product.grad_input(grad_out)
+        grad_a, grad_b = product.grad_adapter(grad_out, x, u, v)
+        return grad_x, None, grad_a, grad_b, None

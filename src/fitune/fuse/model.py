@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fitune.data.batch import Batch
 from fitune.errors import FituneError
 from fitune.fuse.attention import documents_given
-from fitune.fuse.head import token_logprobs
+from fitune.fuse.head import PLAIN_LOGITS, LogitForm, token_logprobs
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
 
@@ -31,6 +31,7 @@ class FusedModel:
         dtype: of the computation.
         backend: which kernels run.
         report: what was replaced, what was left and why.
+        logit_form: what the model makes of its head's products.
     """
 
     graph: PreTrainedModel
@@ -38,6 +39,7 @@ class FusedModel:
     dtype: torch.dtype
     backend: str
     report: FusionReport
+    logit_form: LogitForm = PLAIN_LOGITS
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -58,7 +60,9 @@ class FusedModel:
         targets = tokens.reshape(-1)[chosen]
         # The hidden state that predicts a token is the one before it; a document's first token has no weight.
         before = chosen - 1
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+        if self.report.takes_positions:
+            inputs["position_ids"] = positions
         if "attention" in self.report.replaced:
             inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
@@ -73,7 +77,7 @@ class FusedModel:
             return rows.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
         head = self.graph.get_output_embeddings()
         rows = hidden.reshape(-1, hidden.shape[-1])[before].to(self.dtype)
-        return token_logprobs(rows, head.weight, head.bias, targets, self.backend)
+        return token_logprobs(rows, head.weight, head.bias, targets, self.backend, self.logit_form)
 
 
 def prepare(
@@ -82,7 +86,7 @@ def prepare(
     """Fuses what it can of `graph` and proves it. `proofs=False` is for dry runs."""
     report = fuse(graph, dtype, backend, proofs)
     model = FusedModel(graph, adapted, dtype, backend, report)
-    reason = _head_obstacle(model) if proofs else None
+    reason = _find_logit_form(model) if proofs else None
     if reason is None:
         report.replaced["head"] = 1
     else:
@@ -90,8 +94,8 @@ def prepare(
     return model
 
 
-def _head_obstacle(model: FusedModel) -> str | None:
-    """Why decoder plus output head is not all this model does to get logits; None if it is."""
+def _find_logit_form(model: FusedModel) -> str | None:
+    """Sets the model's logit form; or says why its head, and a scale and a cap, are not all it does to get logits."""
     graph = model.graph
     head = graph.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not hasattr(graph, "get_decoder"):
@@ -104,12 +108,20 @@ def _head_obstacle(model: FusedModel) -> str | None:
         with torch.no_grad():
             logits = graph(input_ids=tokens, use_cache=False).logits[0].float()
             hidden = graph.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
-            found = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+            products = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
     except (TypeError, AttributeError, RuntimeError, ValueError, FituneError) as error:
         return f"cannot be compared: {error}"
     finally:
         graph.train(was_training)
-    distance = float((found - logits).norm() / logits.norm().clamp(min=1e-30))
-    if not distance <= TOLERANCE:
-        return f"the model does more than a linear head (differs by {distance:.1e})"
+    cap = float(getattr(graph.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+    ratio = float((logits * products).sum() / products.square().sum().clamp(min=1e-30))
+    distances = {
+        form: float((form.apply(products) - logits).norm() / logits.norm().clamp(min=1e-30))
+        for form in (LogitForm(), LogitForm(scale=ratio), LogitForm(cap=cap))
+    }
+    best = min(distances, key=lambda form: distances[form])
+    # A scaled or bent product is rounded once more than ours is.
+    if not distances[best] <= (TOLERANCE if best == LogitForm() else max(TOLERANCE, torch.finfo(model.dtype).eps)):
+        return f"the model does more than a linear head (differs by {distances[best]:.1e})"
+    model.logit_form = best
     return None

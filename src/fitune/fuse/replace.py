@@ -6,6 +6,7 @@ replace under the same names.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +20,31 @@ from fitune.fuse import attention
 from fitune.fuse.gated_mlp import fused_mlp_candidates
 from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.norm import fused_norm_candidates
-from fitune.fuse.prove import prove
+from fitune.fuse.prove import TOLERANCE, prove
 
-PROOF_TOKENS = 24
+# Two documents in a row, each longer than the windows and chunks of tiny models are.
+PROOF_TOKENS = (24, 17)
 # Through all layers, in the dtype of the computation: rounding in bfloat16 adds up, a wrong mask shows at 0.1.
 ATTENTION_TOLERANCE = 5e-2
 
 
 @dataclass
 class FusionReport:
-    """What was replaced (part -> how many) and what was left (part -> reason)."""
+    """What was replaced (part -> how many) and what was left (part -> reason).
+
+    Attributes:
+        packs: whether several documents may share a row: each is then computed as if it were alone.
+        takes_positions: whether the model counts positions from 0 and may be told them; otherwise it counts by
+            itself, which it can for rows of one document only.
+    """
 
     replaced: Counter[str] = field(default_factory=Counter)
     left: dict[str, str] = field(default_factory=dict)
+    takes_positions: bool = True
+
+    @property
+    def packs(self) -> bool:
+        return "attention" in self.replaced
 
 
 def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool) -> FusionReport:
@@ -42,11 +55,23 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool)
     """
     report = FusionReport()
     report.replaced["linear"] = sum(isinstance(module, FusedLoraLinear) for module in model.modules())
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    _replace(decoder, "norm", lambda m: fused_norm_candidates(m, backend), _norm_width, dtype, report, proofs)
-    _replace(decoder, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
+    _replace(model, "norm", lambda m: fused_norm_candidates(m, backend), _norm_width, dtype, report, proofs)
+    _replace(model, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
+    if proofs:
+        report.takes_positions = _takes_positions(model)
     _replace_attention(model, backend, report, proofs)
     return report
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Whether positions 0, 1, 2 ... are what the model counts by itself (RoBERTa's begin at 2; some take none)."""
+    (tokens, _) = _two_documents(model)
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters:
+        return False
+    by_itself = _logits(model, tokens)
+    told = _logits(model, tokens, position_ids=torch.arange(tokens.shape[1]).unsqueeze(0))
+    return _distance(told, by_itself) <= TOLERANCE
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -127,18 +152,24 @@ class _TrainedAdapter:
 
 
 def _replace_attention(model: PreTrainedModel, backend: str, report: FusionReport, proofs: bool) -> None:
+    """Attention by documents, accepted where each of two documents in a row computes what it computes alone."""
     reason = attention.obstacle(model)
+    if reason is None and not report.takes_positions:
+        reason = "positions cannot be given to the model"
     if reason is not None:
         report.left["attention"] = reason
         return
     attention.register()
     before = model.config._attn_implementation
-    expected = _hidden(model, None) if proofs else None
+    apart = [_logits(model, tokens) for tokens in _two_documents(model)] if proofs else None
     model.set_attn_implementation(attention.NAMES[backend])
-    if expected is not None:
-        documents = torch.tensor([[0, 0, PROOF_TOKENS, 0, 0]], dtype=torch.int32)
+    if apart is not None:
         try:
-            distance = float((_hidden(model, documents) - expected).norm() / expected.norm().clamp(min=1e-30))
+            packed = _packed_logits(model)
+            distance = max(
+                _distance(found, expected)
+                for found, expected in zip(packed.split([len(one) for one in apart]), apart, strict=True)
+            )
             reason = None if distance <= ATTENTION_TOLERANCE else f"the model's output differs by {distance:.1e}"
         except (FituneError, RuntimeError, TypeError, ValueError) as error:
             reason = f"cannot be compared: {error}"
@@ -146,23 +177,36 @@ def _replace_attention(model: PreTrainedModel, backend: str, report: FusionRepor
             model.set_attn_implementation(before)
             report.left["attention"] = reason
             return
-    report.replaced["attention"] = int(getattr(model.config, "num_hidden_layers", 1))
+    report.replaced["attention"] = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
 
 
-def _hidden(model: PreTrainedModel, documents: torch.Tensor | None) -> torch.Tensor:
-    """Last hidden states [T, C] of one random sequence, float32; by documents, or as the model does it itself."""
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _two_documents(model: PreTrainedModel) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.get_input_embeddings().weight.shape[0], (1, PROOF_TOKENS), generator=generator)
+    rows = model.get_input_embeddings().weight.shape[0]
+    return [torch.randint(rows, (1, count), generator=generator) for count in PROOF_TOKENS]
+
+
+def _packed_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Both documents in one row."""
+    first, second = _two_documents(model)
+    middle, end = first.shape[1], first.shape[1] + second.shape[1]
+    documents = torch.tensor([[0, 0, middle, 0, 0], [0, middle, end, 0, 0]], dtype=torch.int32)
+    positions = torch.cat([torch.arange(middle), torch.arange(end - middle)]).unsqueeze(0)
+    with attention.documents_given():
+        return _logits(model, torch.cat([first, second], 1), position_ids=positions, documents=documents)
+
+
+def _logits(model: PreTrainedModel, tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of one row, float32."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            if documents is None:
-                out = model.get_decoder()(input_ids=tokens, use_cache=False)
-            else:
-                with attention.documents_given():
-                    out = model.get_decoder()(input_ids=tokens, use_cache=False, documents=documents)
+            logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **inputs).logits[0].float()
     finally:
         model.train(was_training)
-    hidden: torch.Tensor = out.last_hidden_state[0].float()
-    return hidden
+    return logits

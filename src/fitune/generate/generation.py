@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-GenerationPath = Literal["slots", "padded", "uncached"]
+# From the fastest to the slowest.
+GenerationPath = Literal["slots", "padded", "equal lengths", "one by one", "uncached"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,12 @@ class GenerationStats:
 
     Attributes:
         prompts, prompts_done: how many there are and how many are complete.
-        path: "slots" (shared prefix computed once, rows refilled), "padded" (left-padded batches, no sharing)
-            or "uncached" (one prompt at a time, everything computed again for every token).
-        why_not_slots: None on the first path, else what about the model rules it out.
+        path: "slots" (shared prefix computed once, rows refilled), "padded" (left-padded batches, no sharing),
+            "equal lengths" (only prompts of the same length share a batch), "one by one" (a prompt at a time) or
+            "uncached" (the same, and everything computed again for every token); the slowest of them, where some
+            prompts need another than others.
+        why_not_slots: None on the first path, else what about the model rules out that and every other path
+            before the one that is taken.
         prompt_tokens: of all prompts; computed_prompt_tokens: how many of them went through the model,
             padding included; shared_prefix_tokens: length of the prefix that all prompts share and that was
             computed once.

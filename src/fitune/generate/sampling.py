@@ -7,6 +7,7 @@ drawn for a prompt does not depend on the batch it happened to be in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from torch import Tensor
 from fitune.errors import FituneError, InputError
 
 PROMPT_STRIDE = 1_000_003  # a prime far above any batch: seeds of different prompts do not meet
+
+
+class Chooser(Protocol):
+    """What turns the last logits [B, V] of some rows, and the numbers of their prompts, into one token a row."""
+
+    def choose(self, logits: Tensor, prompts: Sequence[int]) -> list[int]: ...
+
+    def forget(self, prompt: int) -> None: ...
 
 
 class TokenChooser:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fitune.generate.batch_generation import check_request
-from fitune.generate.forward_call import call, device_of, forward_parameters, new_cache, undisturbed
+from fitune.generate.forward_call import context_tokens, rotary_switch_tokens, undisturbed
+from fitune.generate.lockstep_generation import UNCACHED, LockstepRows, Way
+from fitune.generate.path_proof import choose_way
 from fitune.generate.sampling import TokenChooser
 
 
@@ -36,24 +38,25 @@ def stream(
 def _tokens(
     model: nn.Module, prompt: list[int], max_new_tokens: int, eos_ids: frozenset[int], chooser: TokenChooser
 ) -> Iterator[int]:
-    parameters = forward_parameters(model)
-    device = device_of(model)
-    cache = new_cache(model) if "past_key_values" in parameters else None
-    known = torch.tensor([prompt], dtype=torch.long, device=device)
-    tokens = known
-    for _ in range(max_new_tokens):
-        end = known.shape[1]
-        inputs = {
-            "attention_mask": torch.ones_like(known),
-            "position_ids": torch.arange(end - tokens.shape[1], end, device=device).unsqueeze(0),
-        }
-        if cache is not None:
-            inputs["past_key_values"] = cache
+    known = torch.tensor([prompt], dtype=torch.long)
+    with undisturbed(model):
+        way = _way(model, len(prompt), max_new_tokens)
+    rows = LockstepRows(model, way, known, torch.ones_like(known))
+    for number in range(max_new_tokens):
         with undisturbed(model):
-            [token] = chooser.choose(call(model, parameters, tokens, **inputs), [0])
+            [token] = chooser.choose(rows.logits(), [0])
         if token in eos_ids:
             return
         yield token
-        new = torch.tensor([[token]], dtype=torch.long, device=device)
-        known = torch.cat([known, new], dim=1)
-        tokens = known if cache is None else new
+        if number + 1 < max_new_tokens:
+            rows.append([token])
+
+
+def _way(model: nn.Module, prompt_tokens: int, max_new_tokens: int) -> Way:
+    capacity = prompt_tokens + max_new_tokens
+    switch = rotary_switch_tokens(model)
+    if switch is not None and prompt_tokens <= switch < capacity:
+        return UNCACHED
+    way = choose_way(model, capacity, context_tokens(model), alone=True).way
+    assert way is not None
+    return way

@@ -91,20 +91,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Any:
 
 
 @_operator(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor documents, int window, float scale, str backend) "
-    "-> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor documents, int window, float scale, float cap, "
+    "str backend) -> (Tensor, Tensor)"
 )
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> Any:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float, cap: float
+) -> Any:  # fmt: skip
     rows, tokens, heads, width = q.shape
     return q.new_empty(rows, tokens, heads, width), q.new_empty(rows, heads, tokens, dtype=torch.float32)
 
 
 @_operator(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor documents, "
-    "int window, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+    "int window, float scale, float cap, str backend) -> (Tensor, Tensor, Tensor)"
 )
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, window: int,
-    scale: float,
+    scale: float, cap: float,
 ) -> Any:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

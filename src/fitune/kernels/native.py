@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -26,7 +26,7 @@ class _Strides(ctypes.Structure):
 
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_HEADS = (_P, _Strides, _P, _Strides, _P, _Strides, _I, _L, _L, _L, _L, _L, _P, _L, _L, _F)
+_HEADS = (_P, _Strides, _P, _Strides, _P, _Strides, _I, _L, _L, _L, _L, _L, _P, _L, _L, _F, _F)
 # The fields of FituneKernels, in order: name -> argument types.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nf4_quantise": (_P, _I, _L, _P, _P, _I),
@@ -219,7 +219,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def _heads(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float, cap: float
 ) -> tuple[list[Any], tuple[Tensor, ...]]:
     """The arguments that both passes share, and the tensors that must stay alive while they are used."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -234,7 +234,8 @@ def _heads(
     for x in (q, k, v):
         arguments += [x.data_ptr(), _Strides(x.stride(0), x.stride(1), x.stride(2))]
     arguments += [
-        KINDS[q.dtype], rows, tokens, heads, kv_heads, width, _pointer(documents), documents.shape[0], window, scale
+        KINDS[q.dtype], rows, tokens, heads, kv_heads, width, _pointer(documents), documents.shape[0], window, scale,
+        cap,
     ]  # fmt: skip
     return arguments, (q, k, v)
 
@@ -252,9 +253,11 @@ def _check_documents(documents: Tensor, rows: int, tokens: int) -> None:
         raise ValueError(f"documents of {int((stop - start).sum())} tokens in {rows} rows of {tokens}")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, tokens, heads, width = q.shape
-    arguments, _alive = _heads(q, k, v, documents, window, scale)
+    arguments, _alive = _heads(q, k, v, documents, window, scale, cap)
     threads = torch.get_num_threads()
     out = torch.empty(rows, tokens, heads, width, dtype=q.dtype)
     lse = torch.empty(rows, heads, tokens, dtype=torch.float32)
@@ -265,11 +268,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, s
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, window: int,
-    scale: float,
+    scale: float, cap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, tokens, heads, width = q.shape
     kv_heads = k.shape[2]
-    arguments, _alive = _heads(q, k, v, documents, window, scale)
+    arguments, _alive = _heads(q, k, v, documents, window, scale, cap)
     grad_out = grad_out.contiguous()
     threads = torch.get_num_threads()
     # Key heads are the natural tasks; where they do not keep the threads evenly busy, query heads are.

@@ -122,22 +122,26 @@ def _document_parts(document: list[int], window: int, device: torch.device) -> t
     return row, slice(start, stop), keys, seen
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """q [L, H, D], k [S, K, D] -> [H, L, S] float32, -inf where not seen."""
+def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float, cap: float) -> Tensor:
+    """q [L, H, D], k [S, K, D] -> [H, L, S] float32, bent to at most `cap` (0: not), -inf where not seen."""
     group = q.shape[1] // k.shape[1]
     wide = k.float().repeat_interleave(group, dim=1)
     scores = torch.einsum("lhd,shd->hls", q.float(), wide) * scale
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     return scores.masked_fill(~seen, float("-inf"))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, tokens, heads, _ = q.shape
     group = heads // k.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.zeros(rows, heads, tokens, device=q.device)
     for document in documents.tolist():
         row, own, keys, seen = _document_parts(document, window, q.device)
-        scores = _scores(q[row, own], k[row, keys], seen, scale)
+        scores = _scores(q[row, own], k[row, keys], seen, scale, cap)
         lse[row, :, own] = scores.logsumexp(-1)
         values = v[row, keys].float().repeat_interleave(group, dim=1)
         out[row, own] = torch.einsum("hls,shd->lhd", scores.softmax(-1), values).to(out.dtype)
@@ -146,18 +150,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, s
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, window: int,
-    scale: float,
+    scale: float, cap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     group = q.shape[2] // k.shape[2]
     grad_q = torch.zeros(q.shape, device=q.device)
     grad_k, grad_v = (torch.zeros(k.shape, device=k.device) for _ in range(2))
     for document in documents.tolist():
         row, own, keys, seen = _document_parts(document, window, q.device)
-        weights = (_scores(q[row, own], k[row, keys], seen, scale) - lse[row, :, own].unsqueeze(-1)).exp()
+        scores = _scores(q[row, own], k[row, keys], seen, scale, cap)
+        weights = (scores - lse[row, :, own].unsqueeze(-1)).exp()
         grad = grad_out[row, own].float()
         values = v[row, keys].float().repeat_interleave(group, dim=1)
         delta = (grad * out[row, own].float()).sum(-1).t().unsqueeze(-1)
         slopes = weights * (torch.einsum("lhd,shd->hls", grad, values) - delta) * scale
+        if cap:
+            slopes = slopes * (1 - (scores.masked_fill(~seen, 0.0) / cap) ** 2)
         wide_keys = k[row, keys].float().repeat_interleave(group, dim=1)
         grad_q[row, own] = torch.einsum("hls,shd->lhd", slopes, wide_keys)
         for into, part, other in ((grad_k, slopes, q[row, own].float()), (grad_v, weights, grad)):

@@ -9,47 +9,62 @@ import torch
 from transformers import PreTrainedModel
 
 from fitune.errors import InputError
-from fitune.models.graph import build_graph, set_parameter
+from fitune.models.conversion import GraphTensors
+from fitune.models.graph import (
+    LEAST_QUANTISED_SHARE,
+    build_graph,
+    parameter_dtype,
+    set_parameter,
+    set_quantised,
+    use_plain_experts,
+)
 from fitune.models.source import ModelSource
-from fitune.models.store import Progress, check_tensors, open_store
-from fitune.quant.linear import QuantisedLinear
+from fitune.models.store import Progress, open_store
 
 
 def build_quantised(
-    source: ModelSource, dtype: torch.dtype, backend: str, progress: Progress | None = None
-) -> PreTrainedModel:
-    """The model with every linear but the head in NF4, mapped from its store; everything else in `dtype`, frozen."""
-    store = open_store(source, backend, progress)
+    source: ModelSource, dtype: torch.dtype, backend: str, progress: Progress | None = None,
+    least_share: float = LEAST_QUANTISED_SHARE,
+) -> PreTrainedModel:  # fmt: skip
+    """The model with its matrices in NF4, mapped from its store; head, embeddings and the rest in `dtype`, frozen."""
+    store = open_store(source, backend, progress, least_share)
     model = build_graph(source.config, dtype)
+    use_plain_experts(model)
     for name in store.quantised:
-        module_name = name.removesuffix(".weight")
-        parent_name, _, leaf = module_name.rpartition(".")
-        old = model.get_submodule(module_name)
-        bias = store.tensor(f"{module_name}.bias").to(dtype) if old.bias is not None else None
-        linear = QuantisedLinear(store.weight(name), bias, backend)
-        setattr(model.get_submodule(parent_name), leaf, linear)
-    state = dict(model.state_dict(keep_vars=True))
+        set_quantised(model, name, store.weight(name), dtype, backend)
+    for target, origin in list(model.all_tied_weights_keys.items()):
+        if origin in store.quantised:  # layers that share weights: one NF4 weight, a module for each
+            set_quantised(model, target, store.weight(origin), dtype, backend)
+            del model.all_tied_weights_keys[target]
     for name in store.plain:
-        if state[name].is_meta or name in dict(model.named_buffers()):
-            set_parameter(model, name, store.tensor(name).to(dtype))
+        _set(model, name, store.tensor(name), dtype, trainable=False)
     return _finish(model, source)
 
 
 def build_dense(source: ModelSource, dtype: torch.dtype, trainable: bool) -> PreTrainedModel:
     """The model with every weight in `dtype`, trainable (full fine-tuning) or frozen (LoRA)."""
     model = build_graph(source.config, dtype)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
-    tied = model._tied_weights_keys if getattr(source.config, "tie_word_embeddings", False) else None
-    check_tensors(source, expected, tied=set(tied or ()))
-    for name in source.tensor_names():
-        value = source.read(name).to(dtype)
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
-        set_parameter(model, name, value.clone() if trainable else value, trainable)
+    tensors = GraphTensors(source, model)
+    tensors.check()
+    for group in tensors.groups:
+        for name, value in tensors.read(group).items():
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
+            _set(model, name, value.clone() if trainable else value, dtype, trainable)
     return _finish(model, source)
 
 
+def _set(model: PreTrainedModel, name: str, value: torch.Tensor, dtype: torch.dtype, trainable: bool) -> None:
+    if value.is_floating_point():
+        value = value.to(parameter_dtype(model, name, dtype))
+    set_parameter(model, name, value, trainable and value.is_floating_point())
+
+
 def _finish(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    for target, origin in model.all_tied_weights_keys.items():
+        # A checkpoint may carry either of two tied tensors.
+        if model.get_parameter(origin).is_meta and not model.get_parameter(target).is_meta:
+            set_parameter(model, origin, model.get_parameter(target).data)
     model.tie_weights()
     left = [name for name, value in model.named_parameters() if value.is_meta]
     left += [name for name, value in model.named_buffers() if value.is_meta]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fitune.errors import InputError
 
 if TYPE_CHECKING:
-    from fitune.models.source import ModelSource
+    from fitune.models.source import Kind, ModelSource
 
 ALLOWED = "a folder with safetensors, a .gguf file, a hub name (owner/name) or the word bundled"
 
@@ -18,7 +18,8 @@ ALLOWED = "a folder with safetensors, a .gguf file, a hub name (owner/name) or t
 def find_model(reference: str) -> ModelSource:
     """A folder, a `.gguf` file, `bundled` or a hub name -> its source. Raises InputError for anything else.
 
-    What exists on disk wins over the hub. Nothing is fetched unless a hub name is not in the local cache.
+    What exists on disk wins over the hub. Nothing is fetched unless a hub name is not in the local cache. Of a
+    multimodal model it is the source of the text decoder.
     """
     # Inside: each kind loads torch or transformers, which a mere `import fitune.models` should not.
     from fitune.models import bundled, hub
@@ -30,14 +31,20 @@ def find_model(reference: str) -> ModelSource:
         return bundled.open_bundled()
     path = Path(words).expanduser()
     if path.is_dir():
-        from fitune.models.folder import FolderSource
-
-        return FolderSource(path, reference=reference)
+        return _open_folder(path, reference, "folder")
     if path.is_file():
         return _open_file(path, reference)
     if not _looks_like_path(words) and hub.HUB_NAME.fullmatch(words):
-        return hub.open_hub(words)
+        return _open_folder(hub.snapshot(words), words, "hub")
     raise InputError(_not_found(words, path), where=f"model {reference!r}")
+
+
+def _open_folder(folder: Path, reference: str, kind: Kind) -> ModelSource:
+    from fitune.models.folder import FolderSource
+    from fitune.models.foreign import foreign_source
+    from fitune.models.text_part import text_part
+
+    return foreign_source(folder, reference, kind) or text_part(FolderSource(folder, reference, kind))
 
 
 def _open_file(path: Path, reference: str) -> ModelSource:
@@ -56,6 +63,14 @@ def _looks_like_path(words: str) -> bool:
 
 
 def _not_found(words: str, path: Path) -> str:
+    from fitune.models.presets import find_preset
+
+    preset = find_preset(words)
+    if preset is not None:
+        return (
+            "a preset's name: dimensions to plan with, no weights; to train give a folder, a .gguf file or a "
+            f"hub name, e.g. {preset.hub[0]}"
+        )
     near = _near_misses(words, path)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"no such file or folder{hint} Allowed: {ALLOWED}" if near else f"no such file or folder; give {ALLOWED}"

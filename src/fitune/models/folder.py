@@ -1,34 +1,44 @@
-"""A Hugging Face checkpoint folder as a model source: safetensors, read zero-copy from the mapped files."""
+"""A Hugging Face checkpoint folder as a model source: plain or quantised weights, read from the mapped files."""
 
 from __future__ import annotations
 
 import json
-import mmap
+import re
 import shutil
-import sys
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fitune.errors import InputError
+from fitune.models.checkpoint_files import (
+    CODES,
+    CheckpointTensors,
+    PickledFiles,
+    find_index,
+    find_weights,
+    first_line,
+    indexed_names,
+    open_files,
+    read_json,
+)
+from fitune.models.config_file import ConfigFile, read_config
+from fitune.models.decoded_tensors import DecodedTensors
 from fitune.models.source import Kind, ModelSource
+from fitune.models.tokenizer_check import check_tokenizer
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+if TYPE_CHECKING:
+    from fitune.models.bitsandbytes_folder import BitsAndBytesWeights
+    from fitune.quant.nf4 import NF4Weight
+
 # What a folder may hold beside its weights that changes what the model does.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,27 +50,25 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-# Private and writable, because torch wants writable memory; without a reservation, because a file may be larger
-# than all memory. Nothing is ever written back.
-_MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies, and how it is stored (safetensors' type code)."""
-
-    path: Path
-    start_byte: int
-    shape: tuple[int, ...]
-    code: str
+# What a multimodal model's pictures and sounds are prepared by.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES, *_PROCESSOR_FILES)
+STORE_MANIFEST = "store.json"
+# What is read as it is: floats, and the integer tables that some models look things up in.
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.bool)
+# Buffers of older transformers that newer ones compute, and drop from a checkpoint without a word.
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 class FolderSource(ModelSource):
-    """A folder with config.json and safetensors weights (one file, or shards with their index).
+    """A folder with config.json and weights: safetensors (one file, or shards with their index), else pickled ones.
+
+    Quantised weights appear under their plain names, decoded when they are read.
 
     Raises InputError at construction for a folder whose weights or configuration cannot be used; all problems
     that can be told apart are reported together.
@@ -72,83 +80,153 @@ class FolderSource(ModelSource):
         self.kind = kind
         problems: list[str] = []
         self._weight_files = find_weights(folder, problems)
-        self._config = _read_config(folder, problems)
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._places: dict[str, _Place] = {}
-        for path in self._weight_files:
-            self._open(path, problems)
-        indexed = _index(folder, []) if (folder / INDEX).is_file() else {}
-        missing = [name for name in indexed if name not in self._places]
-        if missing and not problems:
-            problems.append(f"{INDEX} names {len(missing)} tensors that no file holds (first: {missing[0]})")
-        self._check_stored_types(problems)
+        found = read_config(folder, problems)
+        files = open_files(self._weight_files, problems)
+        self._index = find_index(folder, self._weight_files)
+        if self._index is not None and not problems:
+            self._check_index(set(files.names()), problems)
+        self._bitsandbytes: BitsAndBytesWeights | None = None
+        self._tensors = files
+        if found is not None and not problems:
+            self._config, self._config_warnings = found.config, found.warnings
+            self._is_quantised = bool(found.quantisation)
+            self._tensors = self._decoded(files, found, problems)
+            self._check_stored_types(problems)
+            self._left_out = self._tied_head(files)
         if problems:
             raise InputError(problems, where=folder)
+        if isinstance(files, PickledFiles):
+            self.note = "; ".join(filter(None, (self.note, "weights read from a pickled .bin, tensors only")))
 
-    def _open(self, path: Path, problems: list[str]) -> None:
-        try:
-            # The library checks the header against the file; numpy's flavour maps nothing that counts as memory.
-            with safe_open(path, framework="np"):
-                pass
-            with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes))
-                self._maps[path] = mmap.mmap(file.fileno(), 0, flags=_MAP_FLAGS)
-        except (SafetensorError, OSError, ValueError) as error:
-            size = path.stat().st_size if path.is_file() else 0
-            problems.append(f"{path.name} is cut short or damaged ({size} bytes, {error}); fetch it again")
-            return
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if name in self._places:
-                problems.append(f"tensor {name} is in both {self._places[name].path.name} and {path.name}")
-            start = 8 + header_bytes + entry["data_offsets"][0]
-            self._places[name] = _Place(path, start, tuple(entry["shape"]), entry["dtype"])
+    def _check_index(self, have: set[str], problems: list[str]) -> None:
+        assert self._index is not None
+        missing = [name for name in indexed_names(self._index, []) if name not in have]
+        if missing:
+            problems.append(
+                f"{self._index.name} names {len(missing)} tensors that no file holds (first: {missing[0]})"
+            )
+
+    def _decoded(self, files: CheckpointTensors, found: ConfigFile, problems: list[str]) -> CheckpointTensors:
+        """`files`, or what decodes them; and sets the note."""
+        if not found.quantisation:
+            return files
+        dtype = found.config.dtype if found.config.dtype in PLAIN else torch.bfloat16
+        if found.quantisation.get("quant_method") == "bitsandbytes":
+            # Inside: quantised folders are few, and these rooms load libraries of their own.
+            from fitune.models.bitsandbytes_folder import BitsAndBytesWeights
+
+            manifest = self.folder / STORE_MANIFEST
+            is_own = manifest.is_file()
+            self._bitsandbytes = BitsAndBytesWeights(files, found.config, dtype, is_own, problems)
+            encoding = self._bitsandbytes.encoding
+            if is_own:
+                made = read_json(manifest, problems)
+                self.note = "; ".join(filter(None, (f"a store of {made.get('reference')}", made.get("note"))))
+        else:
+            from fitune.models.dequantise import find_encoding
+
+            read = find_encoding(files, found.quantisation, dtype, self.folder, problems)
+            if read is None:
+                return files
+            encoding = read
+        self.note = encoding.note if self.note is None else f"{self.note}; {encoding.note}"
+        return DecodedTensors(files, encoding)
 
     def _check_stored_types(self, problems: list[str]) -> None:
-        odd = [name for name, place in self._places.items() if place.code not in _DTYPES]
+        if problems:  # where a quantised weight is not understood, its parts would be told of again
+            return
+        odd = [name for name in self._tensors.names() if self._tensors.dtype(name) not in PLAIN]
+        if odd:
+            dropped = re.compile("|".join((*_OLD_BUFFERS, *self._dropped_patterns())))
+            odd = [name for name in odd if not dropped.search(name)]
         for name in odd[:3]:
-            found = self._places[name].code
-            problems.append(f"tensor {name} is stored as {found}; {', '.join(_DTYPES)} are read")
+            dtype = self._tensors.dtype(name)
+            allowed = ", ".join(CODES[each] for each in PLAIN)
+            problems.append(f"tensor {name} is stored as {CODES.get(dtype, dtype)}; {allowed} are read")
         if len(odd) > 3:
             problems.append(f"and {len(odd) - 3} more such tensors")
 
-    @cached_property
+    def _dropped_patterns(self) -> list[str]:
+        """What transformers' class of this architecture drops from a checkpoint."""
+        if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return []
+        return list(MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]._keys_to_ignore_on_load_unexpected or ())
+
+    def _tied_head(self, files: CheckpointTensors) -> set[str]:
+        """Names in a pickled file that are another tensor once more; safetensors leave them out themselves."""
+        if not isinstance(files, PickledFiles) or not getattr(self._config, "tie_word_embeddings", False):
+            return set()
+        if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return set()
+        tied = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]._tied_weights_keys
+        have = set(files.names())
+        return {
+            name for name, other in (tied or {}).items()
+            if name in have and other in have and files.is_same_memory(name, other)
+        }  # fmt: skip
+
+    @property
     def config(self) -> PretrainedConfig:
-        config = self._config
-        assert config is not None
-        if getattr(config, "dtype", None) is None:
-            matrices = [_DTYPES[place.code] for place in self._places.values() if len(place.shape) > 1]
-            config.dtype = max(set(matrices), key=matrices.count) if matrices else torch.float32
-        return config
+        if getattr(self._config, "dtype", None) is None:
+            matrices = [self._tensors.dtype(name) for name in self.tensor_names() if len(self.shape(name)) > 1]
+            matrices = [dtype for dtype in matrices if dtype in PLAIN]
+            self._config.dtype = max(set(matrices), key=matrices.count) if matrices else torch.float32
+        return self._config
 
     def tensor_names(self) -> list[str]:
-        return list(self._places)
+        return [name for name in self._tensors.names() if name not in self._left_out]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
+        return self._tensors.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._places[name].code]
+        return self._tensors.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
-        place, dtype = self._places[name], self.dtype(name)
-        if prod(place.shape) == 0:
-            return torch.empty(place.shape, dtype=dtype)
-        mapped = self._maps[place.path]
-        flat = torch.frombuffer(mapped, dtype=dtype, count=prod(place.shape), offset=place.start_byte)
-        return flat.reshape(place.shape)
+        return self._tensors.read(name)
+
+    def release(self) -> None:
+        self._tensors.release()
+
+    def nf4(self, name: str) -> NF4Weight | None:
+        return self._bitsandbytes.nf4(name) if self._bitsandbytes is not None else None
+
+    def quantised_folder(self) -> Path | None:
+        is_as_is = self._bitsandbytes is not None and self._bitsandbytes.is_as_is
+        return self.folder if is_as_is else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the files hold the very weights that `read` gives, so that other tools read the same from them."""
+        return not self._is_quantised
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _tokenizer_and_warnings(self) -> tuple[PreTrainedTokenizerBase, list[str]]:
+        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+            raise InputError(self._no_tokenizer(), where=self.folder)
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises a dozen kinds here
-            raise InputError(f"the tokenizer cannot be read: {_first_line(error)}", where=self.folder) from error
+            raise InputError(f"the tokenizer cannot be read: {first_line(error)}", where=self.folder) from error
+        problems, warnings = check_tokenizer(tokenizer, self.config.get_text_config().vocab_size)
+        if problems:
+            raise InputError(problems, where=self.folder)
+        return tokenizer, warnings
+
+    def _no_tokenizer(self) -> str:
+        if not (self.folder / STORE_MANIFEST).is_file():
+            return f"the tokenizer is missing: none of {', '.join(TOKENIZER_FILES[:3])} is there; fetch them too"
+        original = read_json(self.folder / STORE_MANIFEST, []).get("reference")
+        return (
+            f"a store of quantised weights without a tokenizer; give the model that it was made from: {original} "
+            "(its store is found again)"
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
+        return self._tokenizer_and_warnings[0]
+
+    def warnings(self) -> list[str]:
+        return [*self._config_warnings, *self._tokenizer_and_warnings[1]]
 
     def generation_config(self) -> GenerationConfig:
         if not (self.folder / "generation_config.json").is_file():
@@ -156,111 +234,26 @@ class FolderSource(ModelSource):
         try:
             return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"generation_config.json: {_first_line(error)}", where=self.folder) from error
+            raise InputError(f"generation_config.json: {first_line(error)}", where=self.folder) from error
 
     def write_companions(self, folder: Path) -> None:
         # Copied, not saved anew: a newer transformers would rewrite fields that older readers need.
         for path in self._companions():
             shutil.copyfile(path, folder / path.name)
+        if self._is_quantised:
+            written = read_json(folder / "config.json", [])
+            (folder / "config.json").write_text(json.dumps(_unquantised(written, self.config), indent=2) + "\n")
 
     def files(self) -> list[Path]:
-        index = self.folder / INDEX
-        return [*self._weight_files, *self._companions(), *([index] if index.is_file() else [])]
+        manifest = self.folder / STORE_MANIFEST
+        extra = [path for path in (self._index, manifest) if path is not None and path.is_file()]
+        return [*self._weight_files, *self._companions(), *extra]
 
     def _companions(self) -> list[Path]:
         return [path for name in COMPANIONS if (path := self.folder / name).is_file()]
 
 
-def find_weights(folder: Path, problems: list[str]) -> list[Path]:
-    """The safetensors files that make up the model."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = _json(folder / "adapter_config.json", []).get("base_model_name_or_path")
-        raise InputError(
-            f"holds a LoRA adapter, not a model; give its base {base!r} as the model, or merge it first",
-            where=folder,
-        )
-    if (folder / INDEX).is_file():
-        shards = sorted({str(shard) for shard in _index(folder, problems).values()})
-        absent = [shard for shard in shards if not (folder / shard).is_file()]
-        if absent:
-            problems.append(f"{len(absent)} of {len(shards)} shards are missing: {', '.join(absent[:4])}; fetch them")
-        return [folder / shard for shard in shards if shard not in absent]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
-        problems.append(f"{len(found)} safetensors files but no {INDEX} that says which tensor lies where")
-        return []
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs:
-        problems.append(f"no safetensors weights, but GGUF: give the file itself, e.g. {ggufs[0]}")
-    elif pickled:
-        problems.append(
-            f"only pickled weights ({pickled[0].name}), which can run code when read; convert them to "
-            "safetensors (transformers: model.save_pretrained) or fetch the model's safetensors"
-        )
-    else:
-        problems.append(f"no weights: neither {SINGLE} nor {INDEX} is there")
-    return []
-
-
-def _index(folder: Path, problems: list[str]) -> dict[str, str]:
-    found = _json(folder / INDEX, problems).get("weight_map")
-    if not isinstance(found, dict):
-        problems.append(f"{INDEX} has no weight_map")
-        return {}
-    return found
-
-
-def _json(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read: {_first_line(error)}")
-        return {}
-    if not isinstance(found, dict):
-        problems.append(f"{path.name} is not a JSON object")
-        return {}
-    return found
-
-
-def _read_config(folder: Path, problems: list[str]) -> PretrainedConfig | None:
-    if not (folder / "config.json").is_file():
-        problems.append("config.json is missing")
-        return None
-    before = len(problems)
-    written = _json(folder / "config.json", problems)
-    if len(problems) > before:
-        return None
-    version = transformers.__version__
-    model_type = written.get("model_type")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a class of its own validates each family's fields
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            problems.append(_unknown_type(model_type, version))
-        else:
-            problems.append(f"config.json is refused by transformers {version}: {_first_line(error)}")
-        return None
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        problems.append(_unknown_type(config.model_type, version))
-        return None
-    quantisation = written.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-        problems.append(f"the weights are already quantised ({method}); give the model in 16 bits")
-    return config
-
-
-def _unknown_type(model_type: object, version: str) -> str:
-    return (
-        f"model_type {model_type!r} is no causal language model that transformers {version} carries; "
-        "code that comes with a model is never run"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _unquantised(written: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """config.json of the same model with the decoded weights."""
+    kept = {key: value for key, value in written.items() if key not in ("quantization_config", "compression_config")}
+    return kept | {"torch_dtype" if "torch_dtype" in kept else "dtype": str(config.dtype).removeprefix("torch.")}

@@ -1,32 +1,26 @@
-"""A hub name as a model source: the local cache first, then the network, where there is one."""
+"""From a hub name to a folder: the local cache first, then the network, where there is one."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fitune.errors import InputError
-
-if TYPE_CHECKING:
-    from fitune.models.folder import FolderSource
 
 # owner/name, with an optional @revision (branch, tag or commit).
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+# Only where there are no safetensors.
+_PICKLED = [*_WANTED, "pytorch_model*.bin"]
 # Weights in other layouts, and copies in subfolders, that a fetch need not pay for.
 _UNWANTED = ["*/*", "consolidated*.safetensors", "*.onnx.json"]
 
 
-def open_hub(reference: str) -> FolderSource:
-    """`owner/name` or `owner/name@revision` -> source of kind `hub`. Raises InputError with the way out."""
-    from fitune.models.folder import FolderSource
-
-    return FolderSource(snapshot(reference), reference=reference, kind="hub")
-
-
 def snapshot(reference: str) -> Path:
-    """The local folder of a hub model, fetched if it is not (wholly) cached and the network may be used."""
+    """The local folder of a hub model, fetched if it is not (wholly) cached and the network may be used.
+
+    `reference` is `owner/name` or `owner/name@revision`. Raises InputError with the way out.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -48,6 +42,8 @@ def snapshot(reference: str) -> Path:
         raise InputError("not in the local cache, and HF_HUB_OFFLINE forbids fetching it", where=where)
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, revision=revision, allow_patterns=_PICKLED, ignore_patterns=_UNWANTED)
     except GatedRepoError as error:
         raise InputError("gated: accept its terms on the hub and log in with `hf auth login`", where=where) from error
     except RepositoryNotFoundError as error:
@@ -74,7 +70,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return None
     if not (folder / "config.json").is_file():
         return None
-    from fitune.models.folder import find_weights
+    from fitune.models.checkpoint_files import find_weights
 
     problems: list[str] = []
     weights = find_weights(folder, problems)

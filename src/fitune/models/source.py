@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-Kind = Literal["folder", "hub", "gguf", "bundled"]
+    from fitune.quant.nf4 import NF4Weight
+
+Kind = Literal["folder", "hub", "gguf", "bundled", "preset"]
 
 
 class ModelSource(ABC):
@@ -69,6 +71,35 @@ class ModelSource(ABC):
     @abstractmethod
     def write_companions(self, folder: Path) -> None:
         """Writes all that a checkpoint has beside its weights: configurations, tokenizer, chat template."""
+
+    def release(self) -> None:  # noqa: B027 - most sources hold nothing
+        """Gives back the memory of mapped files that were read; tensors that `read` gave stay valid.
+
+        It is page cache, so that a tensor that is used again comes back by itself, from the file if need be.
+        """
+
+    def warnings(self) -> list[str]:
+        """What may be meant otherwise than it was understood, one sentence each; to be shown before any work.
+
+        Raises InputError where the tokenizer cannot be used.
+        """
+        return []
+
+    def nf4(self, name: str) -> NF4Weight | None:
+        """The tensor's NF4 form where the source holds it already, as views into the mapped file; else None."""
+        return None
+
+    def quantised_folder(self) -> Path | None:
+        """The folder, where all its quantised weights are NF4 as a store has them (`nf4` gives them); else None."""
+        return None
+
+    def carried_names(self) -> list[str]:
+        """Tensors that are no part of the text decoder and go into a merged checkpoint as they are (`read`)."""
+        return []
+
+    def written_name(self, name: str) -> str:
+        """The name of a tensor in a checkpoint that goes with the files of `write_companions`."""
+        return name
 
     def generation_eos_ids(self) -> list[int]:
         """Token ids on which generation stops, by the generation config, else config, else tokenizer."""

@@ -11,8 +11,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from torch import Tensor
 from fitune.atomic import new_folder, remove_unfinished
 from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.models.cache import cache_folder, locked
-from fitune.models.graph import build_graph, quantised_names
+from fitune.models.conversion import GraphTensors, Group, first_problems
+from fitune.models.graph import LEAST_QUANTISED_SHARE, build_graph, check_quantised_share, quantised_names
 from fitune.models.source import ModelSource
+from fitune.models.store_check import INDEX, MANIFEST, check_files, read_manifest
 from fitune.quant.nf4 import STATE_KEY, SUFFIXES, NF4Weight, quantise
 
-FORMAT = 1
+FORMAT = 2
 BITS_PER_WEIGHT = 4.13  # 4 + 8/64 + 32/(64*256), and the headers
-MANIFEST = "store.json"
-INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[int, int], None]
 
@@ -78,47 +79,69 @@ class Store:
         return NF4Weight.from_serialised(name, parts)
 
 
-def open_store(source: ModelSource, backend: str, progress: Progress | None = None) -> Store:
+def open_store(
+    source: ModelSource, backend: str, progress: Progress | None = None, least_share: float = LEAST_QUANTISED_SHARE
+) -> Store:
     """The store of `source`, made first where there is none yet.
 
-    `progress(done, total)` counts tensors while the store is made. Creating is locked against other processes
+    `progress(done, total)` counts tensors while the store is made; a model of which less than `least_share` would be
+    quantised is refused. Creating is locked against other processes
     and atomic; an existing store is found by the source's fingerprint without reading weights.
 
     Raises InputError (the model cannot be quantised, or is damaged) or DiskFullError.
     """
+    ready = _ready_made(source)
+    if ready is not None:
+        return ready
     key = hashlib.sha256(f"{source.fingerprint()} nf4 {FORMAT}".encode()).hexdigest()[:20]
     folder = cache_folder() / "stores" / key
     if not (folder / MANIFEST).is_file():
         with locked(folder.with_suffix(".lock")):
             if not (folder / MANIFEST).is_file():
                 remove_unfinished(folder)
-                _create(source, folder, backend, progress)
+                _create(source, folder, backend, progress, least_share)
     return _open(folder)
 
 
+def _ready_made(source: ModelSource) -> Store | None:
+    """The source's own folder as a store, where it holds the graph's very matrices in NF4 under the graph's names."""
+    folder = source.quantised_folder()
+    if folder is None:
+        return None
+    graph = build_graph(source.config, torch.bfloat16)
+    tensors = GraphTensors(source, graph)
+    tensors.check()
+    if any(not group.is_renamed_only or (name,) != group.sources for name, group in tensors.by_name.items()):
+        return None
+    if {name for name in tensors.names if source.nf4(name) is not None} != set(quantised_names(graph)):
+        return None
+    weight_map = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as handle:
+            weight_map.update(dict.fromkeys(handle.keys(), path.name))
+    return Store(folder, {}, weight_map)
+
+
 def _open(folder: Path) -> Store:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != entry["bytes"]:
-            raise FituneError(
-                f"the store {folder} is damaged: {name} has {found} bytes, {entry['bytes']} were written; "
-                f"delete the folder and it is made again"
-            )
+    manifest = read_manifest(folder)
+    problems = check_files(folder, manifest)
+    if problems:
+        raise FituneError(
+            f"the store {folder} is damaged: {'; '.join(problems)}; delete the folder and it is made again"
+        )
     return Store(folder, manifest, json.loads((folder / INDEX).read_text())["weight_map"])
 
 
-def _create(source: ModelSource, folder: Path, backend: str, progress: Progress | None) -> None:
+def _create(
+    source: ModelSource, folder: Path, backend: str, progress: Progress | None, least_share: float
+) -> None:  # fmt: skip
     graph = build_graph(source.config, torch.bfloat16)
-    quantised = {f"{name}.weight" for name in quantised_names(graph)}
-    expected = dict(graph.state_dict(keep_vars=True))
-    names = source.tensor_names()
-    check_tensors(source, {name: tuple(value.shape) for name, value in expected.items()}, tied=_tied(graph))
+    quantised = set(quantised_names(graph))
+    check_quantised_share(graph, quantised, least_share)
+    tensors = GraphTensors(source, graph)
+    tensors.check()
     need_bytes = sum(
-        int(expected[name].numel() * (BITS_PER_WEIGHT / 8 if name in quantised else 2))
-        for name in names
-        if name in expected
+        int(prod(tensors.shape(name)) * (BITS_PER_WEIGHT / 8 if name in quantised else 2)) for name in tensors.names
     )
     free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < need_bytes * 1.02:
@@ -127,79 +150,76 @@ def _create(source: ModelSource, folder: Path, backend: str, progress: Progress 
             f"{free_bytes / 1e9:.2f} GB free; free some, or set FITUNE_CACHE to a folder on another disk"
         )
     with new_folder(folder) as beside:
-        _write(source, beside, quantised, [name for name in names if name in expected], backend, progress)
+        _write(source, tensors, beside, quantised, backend, progress)
         skipped = [name for name, module in graph.named_modules()
                    if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in quantised]  # fmt: skip
         _write_config(source, beside, skipped)
-        _write_manifest(source, beside)
-
-
-def _tied(graph: Any) -> set[str]:
-    """Parameters that need not be in a checkpoint because another one is the same tensor."""
-    keys = graph._tied_weights_keys if getattr(graph.config, "tie_word_embeddings", False) else None
-    return set(keys or ())
-
-
-def check_tensors(source: ModelSource, expected: dict[str, tuple[int, ...]], tied: set[str]) -> None:
-    """Raises one InputError for all tensors of `source` that are missing, unknown or of the wrong shape."""
-    names = source.tensor_names()
-    have = set(names)
-    problems = [f"tensor {name} is missing" for name in expected if name not in have and name not in tied]
-    problems += [f"tensor {name} is not part of this architecture" for name in names if name not in expected]
-    problems += [
-        f"tensor {name} has shape {source.shape(name)}, the configuration wants {expected[name]}"
-        for name in names
-        if name in expected and source.shape(name) != expected[name]
-    ]
-    if problems:
-        raise InputError(_first(problems), where=source.reference)
-
-
-def _first(problems: list[str]) -> list[str]:
-    return problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        _write_manifest(source, beside, tensors.unused)
 
 
 def _write(
-    source: ModelSource, folder: Path, quantised: set[str], names: list[str], backend: str,
+    source: ModelSource, tensors: GraphTensors, folder: Path, quantised: set[str], backend: str,
     progress: Progress | None,
 ) -> None:  # fmt: skip
-    groups = _by_layer(names)
+    layers = _by_layer(tensors)
+    wide = _kept_wide(source, tensors)
     weight_map: dict[str, str] = {}
-    total_bytes, done = 0, 0
+    total_bytes, done, total = 0, 0, len(tensors.names)
     problems: list[str] = []
-    for number, group in enumerate(groups, start=1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for name in group:
-            value = source.read(name)
-            if value.dtype == torch.float32 and value.dim() > 1:
-                value = value.to(torch.bfloat16)
-            if not bool(torch.isfinite(value).all()):
-                problems.append(f"tensor {name} holds values that are not finite")
+    for number, groups in enumerate(layers, start=1):
+        file = f"model-{number:05d}-of-{len(layers):05d}.safetensors"
+        parts: dict[str, Tensor] = {}
+        for group in groups:
+            held = source.nf4(group.sources[0]) if group.is_renamed_only else None
+            if held is not None and set(group.targets) <= quantised:
+                (name,) = group.targets
+                parts.update(held.serialised(name))
+                done += 1
                 continue
-            parts = quantise(value, backend).serialised(name) if name in quantised else {name: value}
-            tensors.update({key: part.contiguous() for key, part in parts.items()})
-            done += 1
-            if progress is not None:
-                progress(done, len(names))
+            for name, read in tensors.read(group).items():
+                value = read.to(torch.bfloat16) if read.dtype == torch.float32 and name not in wide else read
+                if not _is_finite(value):
+                    problems.append(f"tensor {name} holds values that are not finite")
+                    continue
+                made = quantise(value, backend).serialised(name) if name in quantised else {name: value}
+                parts.update({key: part.contiguous() for key, part in made.items()})
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            source.release()  # what is not quantised is mapped again when it is saved
         if problems:  # nothing will be kept; the rest is read only to name all that is wrong
             continue
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-        total_bytes += sum(part.numel() * part.element_size() for part in tensors.values())
+        save_file(parts, folder / file, metadata={"format": "pt"})
+        source.release()
+        weight_map.update(dict.fromkeys(parts, file))
+        total_bytes += sum(part.numel() * part.element_size() for part in parts.values())
     if problems:
-        raise InputError(_first(problems), where=source.reference)
+        raise InputError(first_problems(problems), where=source.reference)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def _by_layer(names: Iterable[str]) -> list[list[str]]:
-    """The rest first, then one group per decoder layer in order."""
-    groups: dict[int, list[str]] = {}
-    for name in names:
-        found = re.search(r"\.(\d+)\.", name)
-        groups.setdefault(int(found[1]) if found else -1, []).append(name)
-    return [groups[number] for number in sorted(groups)]
+def _kept_wide(source: ModelSource, tensors: GraphTensors) -> set[str]:
+    """Tensors whose 32 bits are kept: what transformers computes in them, and the vectors of 32-bit models."""
+    is_wide = source.config.get_text_config().dtype == torch.float32
+    return {
+        name for name in tensors.names
+        if tensors.stays_wide(name) or (is_wide and len(tensors.shape(name)) < 2)
+    }  # fmt: skip
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all values are: NaN and infinities show in the extremes, which take no second tensor."""
+    return value.numel() == 0 or bool(torch.isfinite(torch.stack(value.aminmax())).all())
+
+
+def _by_layer(tensors: GraphTensors) -> list[list[Group]]:
+    """The rest first, then the groups of one decoder layer after the other."""
+    layers: dict[int, list[Group]] = {}
+    for group in tensors.groups:
+        found = re.search(r"\.(\d+)\.", next(iter(group.targets)))
+        layers.setdefault(int(found[1]) if found else -1, []).append(group)
+    return [layers[number] for number in sorted(layers)]
 
 
 def _write_config(source: ModelSource, folder: Path, skipped: list[str]) -> None:
@@ -223,7 +243,7 @@ def _write_config(source: ModelSource, folder: Path, skipped: list[str]) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
-def _write_manifest(source: ModelSource, folder: Path) -> None:
+def _write_manifest(source: ModelSource, folder: Path, unused: list[str]) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         digest = hashlib.sha256()
@@ -236,6 +256,7 @@ def _write_manifest(source: ModelSource, folder: Path) -> None:
         "reference": source.reference,
         "fingerprint": source.fingerprint(),
         "note": source.note,
+        "unused_tensors": unused,
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,22 +1,39 @@
-"""Running the real step on a cut-down model: on fake tensors for its memory, on real ones for its time."""
+"""Running the real step on a cut-down model: on fake tensors for its memory, on real ones for its time.
+
+The model is cut to its first layers that show every kind of layer it has; `layer_watch` puts the whole together.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from transformers import PretrainedConfig
 
 from fitune.config.schema import RunConfig
+from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
-from fitune.plan.live_bytes import LiveBytes
+from fitune.plan.anatomy import WHOLE, Anatomy, Layers
+from fitune.plan.even_routing import EvenRouting
+from fitune.plan.layer_watch import LayerWatch, even_out, layer_modules
+from fitune.plan.live_bytes import LiveBytes, Stretch
+from fitune.plan.parts import Parts, settle_parts, use_parts
 from fitune.plan.small_model import small_model
 from fitune.step.optimizer import make_optimizer
 
 PROBE_STEPS = 3
+PROBE_SECONDS = 10.0
+PROBE_LAYERS = 5  # so many at least, that what one layer costs stands out from the noise
 
 
 @dataclass(frozen=True)
@@ -46,57 +63,111 @@ class StepMemory:
         saved: kept from the forward for the backward pass.
         peak: the most at one time, optimizer states included.
         peak_operator: what ran then.
+        parts: the fused parts it was measured with.
     """
 
     optimizer: int
     saved: int
     peak: int
     peak_operator: str
+    parts: Parts
 
 
-@dataclass(frozen=True)
-class ModelBytes:
-    """Bytes of the parameters, by what becomes of them."""
-
-    frozen: int
-    trained: int
-
-
-def _step(model: FusedModel, optimizer: torch.optim.Optimizer, shape: Shape) -> None:
-    _forward(model, shape).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _forward(model: FusedModel, shape: Shape) -> torch.Tensor:
-    tokens = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64)
+def _loss(model: FusedModel, shape: Shape) -> torch.Tensor:
+    ordinary = model.graph.get_input_embeddings().weight.shape[0] // 3  # special tokens lie at a vocabulary's ends
+    with unset_fake_temporarily():  # real, so that a forward may look at its tokens
+        tokens = torch.full((shape.rows, shape.tokens), ordinary)
     chosen = torch.arange(1, max(2, shape.trained + 1))
     return -model.logprobs_at(tokens, torch.zeros_like(tokens), shape.documents(), chosen).sum()
 
 
 def step_memory(
-    run: RunConfig, config: PretrainedConfig, layers: int, shape: Shape, dtype: torch.dtype, backend: str
-) -> tuple[ModelBytes, StepMemory]:
-    """Memory of the second step (the first one makes the optimizer's states) of the model cut to `layers`."""
-    model = small_model(run, config, layers, dtype, backend)
+    run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, shape: Shape, dtype: torch.dtype, backend: str
+) -> StepMemory:
+    """Memory of the second step (the first one makes the optimizer's states) of the whole model.
+
+    Mixtures of experts are taken to be routed evenly. Raises FituneError for a model whose forward asks for values.
+    """
+    try:
+        found = _dry_run(run, config, anatomy, anatomy.layers, shape, dtype, backend)
+        # Where layers do not follow one another the whole model is run.
+        found = found or _dry_run(run, config, anatomy, WHOLE, shape, dtype, backend)
+    except (DynamicOutputShapeException, DataDependentOutputException, UnsupportedOperatorException) as error:
+        raise FituneError(
+            f"the memory of a {config.model_type} model cannot be planned: its forward asks for values, and a dry "
+            f"run has none ({type(error).__name__}: {error}); `fitune train` can still train it"
+        ) from error
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise FituneError(
+            f"the memory of a {config.model_type} model cannot be planned: a {run.method} step of it in "
+            f"{str(dtype).removeprefix('torch.')} fails ({type(error).__name__}: {error})"
+        ) from error
+    assert found is not None
+    return found
+
+
+def _dry_run(
+    run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, layers: Layers, shape: Shape, dtype: torch.dtype,
+    backend: str,
+) -> StepMemory | None:  # fmt: skip
+    """None where nothing can be concluded from the layers kept."""
+    model, plain_attention = small_model(run, config, layers, dtype, backend, filled=False)
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     _make_parameters_fake(model.graph, mode)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
-    with mode, live:
-        _step(model, optimizer, shape)
-        states = live.current
+    watch = LayerWatch(layer_modules(model.graph, layers), live.stretch)
+    with mode, EvenRouting(anatomy.expert_counts), live:
+        parts = settle_parts(model, plain_attention, lambda: watch.run(lambda: _loss(model, shape)))
+        _update(optimizer)
+        states = live.current + _missing_states_bytes(optimizer, anatomy)
         live.reset_peak()
-        loss = _forward(model, shape)
-        saved = live.current - states
-        loss.backward()
-        del loss
-        if run.train.accumulation > 1:  # the next micro-batches find the gradients of those before them
-            _forward(model, shape).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    trained = sum(p.numel() * p.element_size() for p in model.trainable)
-    frozen = sum(p.numel() * p.element_size() for p in model.graph.parameters()) - trained
-    return ModelBytes(frozen, trained), StepMemory(states, saved, live.peak, live.peak_operator)
+        stretches: list[Stretch] = []
+        saved: list[int] = []
+        for _ in range(min(run.train.accumulation, 2)):  # later micro-batches find the gradients of those before
+            passes = watch.run(lambda: _loss(model, shape)).whole(layers)
+            if passes is None:
+                return None
+            stretches += [*passes[0], *passes[1]]
+            saved.append(sum(stretch.change for stretch in passes[0]))
+        _update(optimizer)
+        stretches.append(live.stretch())
+    peak, operator = _highest(states, stretches)
+    return StepMemory(states, saved[0], peak, operator, parts)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _missing_states_bytes(optimizer: torch.optim.Optimizer, anatomy: Anatomy) -> int:
+    """What the optimizer keeps for the trained tensors of the whole model that this cut one lacks."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    storages = [
+        [
+            value.untyped_storage()
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, torch.Tensor)
+        ]
+        for parameter in parameters
+    ]
+    users = Counter(storage._cdata for own in storages for storage in own)  # tables are shared by all
+    have = Counter(tuple(parameter.shape) for parameter in parameters)
+    bytes_of: Counter[tuple[int, ...]] = Counter()  # a tensor that never gets a gradient has no states
+    for parameter, own in zip(parameters, storages, strict=True):
+        bytes_of[tuple(parameter.shape)] += sum(storage.nbytes() for storage in own if users[storage._cdata] == 1)
+    missing = anatomy.trained - have
+    return sum(bytes_of[shape] * count // have[shape] for shape, count in missing.items())
+
+
+def _highest(start: int, stretches: list[Stretch]) -> tuple[int, str]:
+    """The most bytes alive at one time, and what ran then, where the stretches follow one another."""
+    current, peak, operator = start, start, ""
+    for stretch in stretches:
+        if current + stretch.rise > peak:
+            peak, operator = current + stretch.rise, stretch.operator
+        current += stretch.change
+    return peak, operator
 
 
 def _make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
@@ -117,15 +188,55 @@ def _make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def step_seconds(
-    run: RunConfig, config: PretrainedConfig, layers: int, shape: Shape, dtype: torch.dtype, backend: str
-) -> float:
-    """The median time of a step of the model cut to `layers`, on this machine, after one to warm up."""
-    model = small_model(run, config, layers, dtype, backend)
+    run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, shape: Shape, dtype: torch.dtype, backend: str,
+    parts: Parts,
+) -> float:  # fmt: skip
+    """The time of a step of the whole model on this machine: the median of a few steps after one to warm up.
+
+    `parts` are those that the dry run found.
+
+    Where steps are long, fewer are taken; one that is longer than PROBE_SECONDS counts by itself.
+    """
+    layers = anatomy.layers.with_at_least(PROBE_LAYERS)
+    found = _probe(run, config, anatomy, layers, shape, dtype, backend, parts)
+    found = found or _probe(run, config, anatomy, WHOLE, shape, dtype, backend, parts)
+    assert found is not None
+    return found
+
+
+def _probe(
+    run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, layers: Layers, shape: Shape, dtype: torch.dtype,
+    backend: str, parts: Parts,
+) -> float | None:  # fmt: skip
+    model, plain_attention = small_model(run, config, layers, dtype, backend)
+    use_parts(model, plain_attention, parts)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
-    _step(model, optimizer, shape)
-    times = []
-    for _ in range(PROBE_STEPS):
-        start = time.perf_counter()
-        _step(model, optimizer, shape)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    share = anatomy.trained_elements / sum(parameter.numel() for parameter in model.trainable)
+    clock = _Clock()
+    watch = LayerWatch(layer_modules(model.graph, layers), clock.lap)
+    times: list[float] = []
+    spent = 0.0
+    while len(times) <= PROBE_STEPS and spent < PROBE_SECONDS:
+        clock.lap()
+        start = clock.now
+        passes = even_out(watch.run(lambda: _loss(model, shape)), layers).whole(layers)
+        if passes is None:
+            return None
+        _update(optimizer)
+        updated = clock.lap()
+        times.append(sum(passes[0]) + sum(passes[1]) + share * updated)
+        spent += clock.now - start
+    measured = times[1:] or times
+    return sorted(measured)[len(measured) // 2]
+
+
+class _Clock:
+    """Seconds between calls."""
+
+    def __init__(self) -> None:
+        self.now = time.perf_counter()
+
+    def lap(self) -> float:
+        """Since the last call."""
+        before, self.now = self.now, time.perf_counter()
+        return self.now - before

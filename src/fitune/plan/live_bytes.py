@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What happened to the live bytes between two marks.
+
+    Attributes:
+        change: bytes alive at the end, less those at the start.
+        rise: the most alive at one time, less those at the start.
+        operator: what ran at that time.
+    """
+
+    change: int
+    rise: int
+    operator: str
 
 
 class LiveBytes(TorchDispatchMode):
@@ -25,10 +41,18 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.peak_operator = ""
         self._known: set[int] = set()
+        self._start = 0
 
     def reset_peak(self) -> None:
-        """Starts counting the peak anew."""
+        """Starts counting the peak, and a stretch, anew."""
         self.peak, self.peak_operator = self.current, ""
+        self._start = self.current
+
+    def stretch(self) -> Stretch:
+        """What happened since the last `stretch` or `reset_peak`; the peak is counted anew."""
+        found = Stretch(self.current - self._start, self.peak - self._start, self.peak_operator)
+        self.reset_peak()
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {

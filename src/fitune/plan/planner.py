@@ -10,12 +10,10 @@ from transformers import PretrainedConfig
 
 from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
+from fitune.plan.anatomy import read_anatomy
 from fitune.plan.computation import Computation
-from fitune.plan.dry_run import ModelBytes, Shape, StepMemory, step_memory, step_seconds
+from fitune.plan.dry_run import Shape, step_memory, step_seconds
 from fitune.process_memory import resident_bytes
-
-# Far enough apart that what a layer costs stands out from the noise.
-PROBE_LAYERS = (1, 5)
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the data asks for: optimizer steps and tokens of the whole run, documents' mean length, trained share."""
+    """What the data asks for: optimizer steps and tokens of the whole run, documents' mean length, trained share.
+
+    Steps and tokens are 0 where there is no data yet, as with a preset.
+    """
 
     steps: int
     tokens: int
@@ -68,11 +69,6 @@ class Plan:
         return {**asdict(self), "fits": self.fits}
 
 
-def _extend(one: int, two: int, layers: int) -> int:
-    """From the values at one and at two layers to all of them."""
-    return one + (two - one) * (layers - 1)
-
-
 def _origin(name: str, given: Collection[str]) -> str:
     return "you" if name in given else "default"
 
@@ -81,60 +77,50 @@ def make_plan(
     run: RunConfig, model: str, config: PretrainedConfig, computation: Computation, hardware: Hardware,
     workload: Workload, learning_rate: float, with_time: bool = True,
 ) -> Plan:  # fmt: skip
-    """Dry-runs and probes the step of this run at one and two layers and extends to all.
+    """Counts the model's weights, dry-runs and probes the step of this run.
 
     Takes some seconds. The process's own memory is what it holds when this is called.
+    Raises FituneError for a model whose step cannot be dry-run.
     """
     overhead = resident_bytes()
-    layers = int(config.num_hidden_layers)
     tokens = workload.row_tokens
     document = max(1, min(workload.mean_document_tokens, tokens))
     places = run.train.micro_batch * tokens
     trained = min(max(1, round(places * workload.trained_share)), places - 1)
     shape = Shape(run.train.micro_batch, tokens, document, trained)
-    arguments = (shape, computation.dtype, computation.backend)
-    # A model of one layer is measured twice; nothing is extended then.
-    measured = [step_memory(run, config, min(count, layers), *arguments) for count in (1, 2)]
-    weights = ModelBytes(
-        *(_extend(getattr(measured[0][0], n), getattr(measured[1][0], n), layers) for n in ("frozen", "trained"))
-    )
-    one, two = measured[0][1], measured[1][1]
-    step = StepMemory(
-        optimizer=_extend(one.optimizer, two.optimizer, layers),
-        saved=_extend(one.saved, two.saved, layers),
-        peak=_extend(one.peak, two.peak, layers),
-        peak_operator=two.peak_operator,
-    )
+    anatomy = read_anatomy(run, config, computation.dtype)
+    arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
+    step = step_memory(*arguments)
     # What the parts are at the peak, where not all of each need be alive.
     saved = min(step.saved, step.peak - step.optimizer)
-    gradients = min(weights.trained, step.peak - step.optimizer - saved)
+    gradients = min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
     workspace = step.peak - step.optimizer - saved - gradients
     memory = (
-        Item("frozen weights", weights.frozen, "bytes", "model"),
-        Item("trained weights", weights.trained, "bytes", "derived"),
+        Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
+        Item("trained weights", anatomy.trained_bytes, "bytes", "derived"),
         Item("gradients", gradients, "bytes", "derived"),
         Item("optimizer states", step.optimizer, "bytes", "dry run"),
         Item("saved activations", saved, "bytes", "dry run"),
         Item("workspaces, logits", workspace, "bytes", "dry run"),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
-    peak = overhead + weights.frozen + weights.trained + step.peak
+    peak = overhead + anatomy.frozen_bytes + anatomy.trained_bytes + step.peak
     seconds = 0.0
     if with_time and peak <= hardware.available_bytes + overhead:  # the probe is a real step of a few layers
-        few, more = (min(count, layers) for count in PROBE_LAYERS)
-        short, long = (step_seconds(run, config, count, *arguments) for count in (few, more))
-        each = max(0.0, long - short) / max(1, more - few)
-        seconds = (short + each * (layers - few)) * run.train.accumulation
+        seconds = step_seconds(*arguments, step.parts) * run.train.accumulation
     steps_seconds = seconds * workload.tokens / max(1, shape.rows * tokens * run.train.accumulation)
     train, fields = run.train, run.train.model_fields_set
+    length = (
+        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
+        Item("tokens", workload.tokens, "", "data"),
+    )
     settings = (
         Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
         Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
         Item("micro-batch", train.micro_batch, "rows", _origin("micro_batch", fields)),
         Item("accumulation", train.accumulation, "micro-batches", _origin("accumulation", fields)),
         Item("row", tokens, "tokens", "data"),
-        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
-        Item("tokens", workload.tokens, "", "data"),
+        *(length if workload.steps else ()),
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if train.threads else "machine"),
     )

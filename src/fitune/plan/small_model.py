@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-import copy
+from math import prod
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fitune.adapters.lora import inject
 from fitune.config.schema import RunConfig
 from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
-from fitune.models.graph import build_graph, head_name, quantised_names
-from fitune.quant.linear import QuantisedLinear
+from fitune.kernels.reference import BLOCK, NESTED_BLOCK
+from fitune.models.graph import (
+    build_graph,
+    head_name,
+    parameter_dtype,
+    quantised_names,
+    set_quantised,
+    use_plain_experts,
+)
+from fitune.plan.anatomy import Layers
+from fitune.plan.layer_watch import cut
 from fitune.quant.nf4 import NF4Weight
-
-# Lists in a configuration that say something of every layer.
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-
-
-def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The configuration cut to its first decoder layers."""
-    small = copy.deepcopy(config)
-    total = small.num_hidden_layers
-    small.num_hidden_layers = layers
-    for name in _PER_LAYER:
-        value = getattr(small, name, None)
-        if isinstance(value, list) and len(value) == total:
-            setattr(small, name, value[:layers])
-    return small
 
 
 def small_model(
-    run: RunConfig, config: PretrainedConfig, layers: int, dtype: torch.dtype, backend: str
-) -> FusedModel:
-    """The run's model cut to `layers`, adapters and fused parts included.
+    run: RunConfig, config: PretrainedConfig, layers: Layers, dtype: torch.dtype, backend: str, filled: bool = True
+) -> tuple[FusedModel, str]:
+    """The run's model cut to its first `layers.kept` layers, adapters and fused parts included.
 
-    Weights are whatever memory holds, or fake under FakeTensorMode; only shapes and costs mean anything.
+    Comes with the name of transformers' own attention, which fused attention took the place of.
+
+    Weights are arbitrary; only shapes and costs mean anything. Unless they are `filled` their memory is never
+    touched, so that a model far larger than the machine can be dry-run on it.
     """
     full = run.method == "full"
-    graph = build_graph(with_layers(config, layers), torch.float32 if full else dtype)
+    dtype_held = torch.float32 if full else dtype
+    graph = build_graph(config, dtype_held)
+    cut(graph, layers)
     quantised = quantised_names(graph) if run.method == "qlora" else []
-    for name in quantised:
-        parent, _, leaf = name.rpartition(".")
-        old = graph.get_submodule(name)
-        bias = None if old.bias is None else torch.zeros(old.out_features, dtype=dtype)
-        setattr(graph.get_submodule(parent), leaf, QuantisedLinear(_arbitrary(old), bias, backend))
-    for module in graph.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                value = torch.full(parameter.shape, 0.01, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(value, requires_grad=full)
+    if quantised:
+        use_plain_experts(graph)
+    made = {name: _arbitrary(tuple(graph.get_parameter(name).shape), filled) for name in quantised}
+    for name, weight in made.items():
+        set_quantised(graph, name, weight, dtype, backend)
+    for target, origin in list(graph.all_tied_weights_keys.items()):
+        if origin in made:  # layers that share weights: one NF4 weight, a module for each
+            set_quantised(graph, target, made[origin], dtype, backend)
+            del graph.all_tied_weights_keys[target]
+    _fill(graph, dtype_held, full, filled)
     graph.tie_weights()
     adapted = None
     if not full:
@@ -59,21 +58,41 @@ def small_model(
             graph, head_name(graph), rank=run.lora.rank, alpha=run.lora.alpha, dropout=run.lora.dropout,
             targets=run.lora.targets, rslora=run.lora.rslora, seed=0, base_name="", layer=fused_lora_layer,
         )  # fmt: skip
+    plain_attention = graph.config._attn_implementation
     model = prepare(graph, adapted, dtype, backend, proofs=False)
     if run.train.recompute == "layers":
         graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     graph.train()
-    return model
+    return model, plain_attention
 
 
-def _arbitrary(linear: nn.Linear) -> NF4Weight:
-    n = linear.weight.numel()
-    blocks = -(-n // 64)
+def _fill(graph: PreTrainedModel, dtype: torch.dtype, trainable: bool, filled: bool) -> None:
+    """Memory for every parameter on the meta device; shared ones stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for owner, module in graph.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                floating = parameter.is_floating_point()
+                held = parameter_dtype(graph, f"{owner}.{name}", dtype) if floating else parameter.dtype
+                value = torch.empty(parameter.shape, dtype=held)
+                if filled:
+                    value.fill_(0.01 if floating else 0)
+                made[id(parameter)] = nn.Parameter(value, requires_grad=trainable and floating)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _arbitrary(shape: tuple[int, ...], filled: bool) -> NF4Weight:
+    n = prod(shape)
+    blocks = -(-n // BLOCK)
+    codes = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8)
+    absmax = torch.empty(blocks, dtype=torch.uint8)
     return NF4Weight(
-        codes=torch.full(((n + 1) // 2, 1), 0x77, dtype=torch.uint8),
-        absmax=torch.full((blocks,), 128, dtype=torch.uint8),
-        nested_absmax=torch.full((-(-blocks // 256),), 0.01),
+        codes=codes.fill_(0x77) if filled else codes,
+        absmax=absmax.fill_(128) if filled else absmax,
+        nested_absmax=torch.full((-(-blocks // NESTED_BLOCK),), 0.01),
         offset=0.01,
-        shape=tuple(linear.weight.shape),
+        shape=shape,
         dtype=torch.bfloat16,
     )

@@ -11,41 +11,39 @@ from torch import Tensor, nn
 
 from fitune.quant.lease import DecodedAtUse, Lease
 from fitune.quant.nf4 import NF4Weight
+from fitune.quant.parameter import QuantisedParameter
 
 
 class QuantisedLinear(nn.Linear):
     """y = x W^T + b with a frozen NF4 weight.
 
-    The quantised tensors are frozen parameters (`weight` holds the codes), so that whatever shards or moves
-    parameters finds them. A subclass of `nn.Linear`, so that PEFT accepts it as a base layer.
+    `weight` is a `QuantisedParameter`: code that reaches past `forward` for it finds a tensor's behaviour, and
+    whatever shards or moves parameters finds the stored ones. A subclass of `nn.Linear`, so that PEFT accepts it as
+    a base layer.
 
     Attributes:
         backend: which kernels decode the weight.
         lease: how the weight is reached.
     """
 
-    def __init__(self, weight: NF4Weight, bias: Tensor | None, backend: str) -> None:
+    def __init__(
+        self, weight: NF4Weight, bias: Tensor | None, backend: str, dtype: torch.dtype | None = None
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.codes, requires_grad=False)
-        self.weight_absmax = nn.Parameter(weight.absmax, requires_grad=False)
-        self.weight_nested_absmax = nn.Parameter(weight.nested_absmax, requires_grad=False)
-        self.weight_offset = weight.offset
-        self.weight_dtype = weight.dtype
+        self.weight = QuantisedParameter(weight, dtype or weight.dtype, backend)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.backend = backend
         self.lease: Lease = DecodedAtUse()
 
     def nf4(self) -> NF4Weight:
         """The frozen weight as it is stored."""
-        return NF4Weight(
-            self.weight.data,
-            self.weight_absmax.data,
-            self.weight_nested_absmax.data,
-            self.weight_offset,
-            (self.out_features, self.in_features),
-            self.weight_dtype,
-        )
+        return self.stored.nf4()
+
+    @property
+    def stored(self) -> QuantisedParameter:
+        """The weight's holder."""
+        return self._modules["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype; differentiable in x."""

@@ -129,17 +129,20 @@ def double_quantise(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     The offset is `absmax.mean()` as torch computes it (its last bit depends on torch's thread count).
     """
     offset = absmax.mean()
-    centred = absmax - offset
-    m = centred.numel()
+    m = absmax.numel()
     blocks = -(-m // NESTED_BLOCK)
-    padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCK - m)).view(blocks, NESTED_BLOCK)
-    scales = padded.abs().amax(dim=1)
-    scaled = (padded * (1.0 / scales).unsqueeze(1)).nan_to_num(0.0).clamp(-1, 1)
-    grid = ((scaled.reshape(-1)[:m] + 1.0) * 0.5 * 65535.0 + 0.5).int()
+    centred = absmax - offset
+    if blocks * NESTED_BLOCK != m:
+        centred = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCK - m))
+    centred = centred.view(blocks, NESTED_BLOCK)
+    scales = centred.abs().amax(dim=1)
+    scaled = centred.mul_((1.0 / scales).unsqueeze(1)).nan_to_num_(0.0).clamp_(-1, 1)
+    # (x + 1) / 2 * 65535, rounded: halving is exact, so one product has the bits of two
+    grid = scaled.add_(1.0).mul_(32767.5).add_(0.5).int()
+    codes = torch.index_select(_dynamic_lookup().to(absmax.device), 0, grid.view(-1)).view(blocks, NESTED_BLOCK)
     # Where all maxima are alike the scale is 0 and any code decodes to the offset; bitsandbytes writes 0.
-    codes = (
-        _dynamic_lookup().to(absmax.device)[grid].masked_fill_((scales == 0).repeat_interleave(NESTED_BLOCK)[:m], 0)
-    )
+    codes.masked_fill_((scales == 0).unsqueeze(1), 0)
+    codes = codes.view(-1)[:m]
     return codes, scales, float(offset)
 
 

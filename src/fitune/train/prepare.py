@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from fitune.adapters.lora import inject, load_adapter
+from fitune.adapters.targets import left_without_adapter
 from fitune.config.schema import RunConfig
+from fitune.errors import InputError
 from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.models.build import build_dense, build_quantised
@@ -22,7 +24,7 @@ def build_for_training(
 ) -> FusedModel:
     """The model of a run with a fresh adapter (or all weights trainable), in training mode."""
     dtype, backend = computation.dtype, computation.backend
-    adapted = None
+    adapted, left = None, {}
     if config.method == "full":
         graph = build_dense(source, torch.float32, trainable=True)
     else:
@@ -32,13 +34,20 @@ def build_for_training(
             else build_dense(source, dtype, trainable=False)
         )
         graph.name_or_path = source.reference
+        if config.lora.targets == "all-linear":
+            left = left_without_adapter(graph, head_name(graph))
         adapted = inject(
             graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
             targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
             layer=fused_lora_layer,
         )  # fmt: skip
     model = prepare(graph, adapted, dtype, backend)
+    model.report.left.update({f"adapter ({layers})": reason for layers, reason in left.items()})
     if config.train.recompute == "layers":
+        if not graph.supports_gradient_checkpointing:
+            raise InputError(
+                f"{type(graph).__name__} cannot compute its layers again; set it to none", where="train.recompute"
+            )
         graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     graph.train()
     return model

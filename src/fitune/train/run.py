@@ -44,7 +44,11 @@ PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything decided and read, nothing trained: what `plan` shows and `train` goes on from."""
+    """Everything decided and read, nothing trained: what `plan` shows and `train` goes on from.
+
+    Attributes:
+        unpacked: why rows hold one sample each although packing was not switched off; None where it is not so.
+    """
 
     config: RunConfig
     hardware: Hardware
@@ -53,6 +57,7 @@ class Prepared:
     data: TrainingData
     rows: Rows
     workload: Workload
+    unpacked: str | None
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,15 @@ def prepare_run(config: RunConfig) -> Prepared:
         )
     data = load_training_data(config.data, tokenizer, config.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    shares = config.data.pack and obstacle(build_graph(source.config, computation.dtype)) is None
-    prefixes = find_prefixes(data.train) if shares else Prefixes.none(len(data.train))
+    unpacked = obstacle(build_graph(source.config, computation.dtype)) if config.data.pack else None
+    pack = config.data.pack and unpacked is None
+    prefixes = find_prefixes(data.train) if pack else Prefixes.none(len(data.train))
     rows = Rows(
-        data.train, _row_tokens(config, data), config.train.micro_batch, config.train.accumulation, config.seed,
-        config.data.pack, int(pad or 0), prefixes,
+        data.train, _row_tokens(config, data, pack), config.train.micro_batch, config.train.accumulation,
+        config.seed, pack, int(pad or 0), prefixes,
     )  # fmt: skip
     workload = _workload(config, rows)
-    return Prepared(config, hardware, source, computation, data, rows, workload)
+    return Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
 
 
 def _workload(config: RunConfig, rows: Rows) -> Workload:
@@ -114,10 +120,10 @@ def _workload(config: RunConfig, rows: Rows) -> Workload:
     )  # fmt: skip
 
 
-def _row_tokens(config: RunConfig, data: TrainingData) -> int:
+def _row_tokens(config: RunConfig, data: TrainingData, pack: bool) -> int:
     """Rows are as long as asked for, but no longer than all the data together, or (unpacked) the longest sample."""
     lengths = [len(sample) for sample in data.train]
-    return min(config.data.max_tokens, sum(lengths) if config.data.pack else max(lengths))
+    return min(config.data.max_tokens, sum(lengths) if pack else max(lengths))
 
 
 def plan_run(prepared: Prepared, with_time: bool = True) -> Plan:
@@ -157,7 +163,14 @@ def train_run(
         folder.write_json(folder.plan_file, plan.as_dict())
         model = build_for_training(config, prepared.source, prepared.computation, store_progress)
         for part, reason in model.report.left.items():
-            say(f"not fused: {part}: {reason}")
+            say(f"{'no ' if part.startswith('adapter') else 'not fused: '}{part}: {reason}")
+        if prepared.unpacked is not None:
+            say(f"one sample a row, not packed: {prepared.unpacked}")
+        elif prepared.rows.pack and not model.report.packs:
+            raise InputError(
+                f"{config.model} cannot be packed: {model.report.left['attention']}; set it to false",
+                where="data.pack",
+            )
         if before is not None:
             before(model)
         losses: list[tuple[int, float]] = []

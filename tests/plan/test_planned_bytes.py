@@ -1,0 +1,131 @@
+"""What the plan says of a model against the model itself: bytes of its weights, and of its step, really run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from fitune.audit.tiny_configs import tiny_config
+from fitune.audit.tiny_settings import LAYERS
+from fitune.config.schema import RunConfig
+from fitune.models.folder import FolderSource
+from fitune.plan.anatomy import Anatomy, Layers, read_anatomy
+from fitune.plan.computation import Computation
+from fitune.plan.dry_run import Shape, StepMemory, step_memory
+from fitune.plan.live_bytes import LiveBytes
+from fitune.step.optimizer import make_optimizer
+from fitune.train.prepare import build_for_training
+from tiny_models import BACKEND
+
+ROWS, TOKENS, TRAINED = 2, 96, 70
+SHAPE = Shape(ROWS, TOKENS, TOKENS // 2, TRAINED)
+# Wide enough that what a layer keeps outweighs everything that is there once.
+SIZES = {
+    "hidden_size": 256, "n_embd": 256, "intermediate_size": 768, "moe_intermediate_size": 256, "vocab_size": 2048,
+}  # fmt: skip
+DERIVED = ("layer_types", "mlp_layer_types", "n_inner")  # from the number of layers and the width
+FAST = ["llama", "gpt2", "gemma2", "mixtral", "deepseek_v3"]
+SLOW = ["qwen3_next", "jamba", "gemma3_text", "gpt_oss", "phimoe", "jetmoe", "llama4_text"]
+WAYS = [("qlora", "none"), ("lora", "layers"), ("full", "none")]
+CASES = [
+    *((name, *WAYS[number % 3]) for number, name in enumerate(FAST)),
+    *(pytest.param(name, *way, marks=pytest.mark.slow) for name in (*FAST, *SLOW) for way in WAYS),
+]  # fmt: skip
+
+
+def config_of(model_type: str, layers: int = 8) -> PretrainedConfig:
+    """The audit's tiny configuration, scaled up."""
+    tiny = tiny_config(model_type)
+    known = {name: value for name, value in tiny.to_dict().items() if name not in DERIVED}
+    wider = {name: value for name, value in SIZES.items() if known.get(name) is not None}
+    deeper = dict.fromkeys((name for name in LAYERS if name in known), layers)
+    unwanted = ("model_type", "transformers_version", "architectures", "dtype")
+    return type(tiny)(**{name: value for name, value in {**known, **wider, **deeper}.items() if name not in unwanted})
+
+
+def run_of(method: str, recompute: str = "none") -> RunConfig:
+    return RunConfig.model_validate(
+        {"model": "tiny", "method": method, "data": {"train": "a"}, "train": {"recompute": recompute}}
+    )
+
+
+def planned(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -> tuple[Anatomy, StepMemory]:
+    anatomy = read_anatomy(run, config, dtype)
+    return anatomy, step_memory(run, config, anatomy, SHAPE, dtype, BACKEND)
+
+
+def real(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> dict[str, int]:
+    """Bytes of the model as `train` builds it, and of its second step, counted while it runs."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
+    model = build_for_training(run, FolderSource(folder), Computation(dtype, BACKEND, 1, "a test"))
+    found = {"trained": sum(p.numel() * p.element_size() for p in model.trainable)}
+    held = (*model.graph.parameters(), *model.graph.buffers())
+    found["frozen"] = sum(value.numel() * value.element_size() for value in held) - found["trained"]
+    tokens = torch.randint(700, 1400, (ROWS, TOKENS))
+    positions = (torch.arange(TOKENS) % (TOKENS // 2)).expand(ROWS, -1)
+    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
+
+    def loss() -> Tensor:
+        return -model.logprobs_at(tokens, positions, SHAPE.documents(), torch.arange(1, TRAINED + 1)).sum()
+
+    with LiveBytes() as live:
+        for _ in range(2):
+            found["optimizer"] = live.current
+            live.reset_peak()
+            value = loss()
+            found["saved"] = live.current - found["optimizer"]
+            value.backward()
+            del value
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        found["peak"] = live.peak
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "method", "recompute"), CASES)
+def test_planned_bytes_are_the_real_ones(
+    model_type: str, method: str, recompute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    run, config = run_of(method, recompute), config_of(model_type)
+    dtype = torch.float32 if method == "full" else torch.bfloat16
+    anatomy, memory = planned(run, config, dtype)
+    found = real(run, config, dtype, tmp_path / "model")
+    assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
+    assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
+    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
+    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+
+
+def test_layers_that_differ_do_not_stand_for_each_other() -> None:
+    """A dense first layer and sliding windows: as many layers are kept as show every kind."""
+    run = run_of("qlora")
+    found = read_anatomy(run, config_of("deepseek_v3"), torch.bfloat16).layers
+    assert found.twins == (0, 1, 1, 1, 1, 1, 1, 1)
+    found = read_anatomy(run, config_of("gemma2"), torch.bfloat16).layers
+    assert (found.twins, found.kept) == ((0, 1, 2, 1, 2, 1, 2, 1), 3)
+
+
+def test_taking_one_kind_for_another_shows() -> None:
+    """The mutation: seven layers of experts counted as if they were the dense first one."""
+    run, config = run_of("lora"), config_of("deepseek_v3")
+    anatomy = read_anatomy(run, config, torch.bfloat16)
+    assert anatomy.layers.path is not None
+    wrong = replace(anatomy, layers=Layers(anatomy.layers.path, (0,) * 8, 1))
+    right_memory, wrong_memory = (
+        step_memory(run, config, a, SHAPE, torch.bfloat16, BACKEND) for a in (anatomy, wrong)
+    )
+    assert abs(wrong_memory.saved / right_memory.saved - 1) > 0.05
+
+
+def test_a_list_that_cannot_be_cut_is_run_whole() -> None:
+    run, config = run_of("lora"), tiny_config("xlm")
+    anatomy, memory = planned(run, config, torch.bfloat16)
+    assert anatomy.layers.path is None
+    assert memory.peak > memory.saved > 0
