@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fitune.errors import InputError
+from fitune.models.build import build_quantised
 from fitune.models.folder import FolderSource
 from fitune.models.store import open_store
+from fitune.quant.linear import QuantisedLinear
 from fitune.quant.nf4 import quantise
 from tiny_models import BACKEND, tokenizer, write_model
 
@@ -82,6 +84,21 @@ def test_nf4_weights_are_views_of_the_file(tmp_path: Path) -> None:
     assert second is not None
     assert first.codes.data_ptr() == second.codes.data_ptr()
     assert source.nf4("model.norm.weight") is None
+
+
+def test_no_second_store_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    folder = quantised(tmp_path, **NF4)
+    source = FolderSource(folder)
+    assert open_store(source, BACKEND).folder == folder
+    assert not (tmp_path / "cache").exists()
+    model = build_quantised(source, torch.float32, BACKEND)
+    expected = decoded_by_transformers(folder)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    assert len(linears) == 14
+    for name, linear in linears.items():
+        found = linear.nf4().dense(torch.bfloat16, BACKEND)
+        assert torch.equal(found, expected[f"{name}.weight"].to(torch.bfloat16)), name
 
 
 @pytest.mark.parametrize(
@@ -173,7 +190,9 @@ def test_a_store_is_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert source.shape(name) == plain.shape(name)
     for name in store.plain:
         assert torch.equal(source.read(name), store.tensor(name))
+    assert source.tokenizer()("SELECT 1")["input_ids"] == plain.tokenizer()("SELECT 1")["input_ids"]
     for file in store.folder.glob("tokenizer*"):
         file.unlink()
+    source = FolderSource(store.folder)
     with pytest.raises(InputError, match=f"give the model that it was made from: {plain.reference}"):
         source.tokenizer()

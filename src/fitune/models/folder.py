@@ -57,6 +57,8 @@ _PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
+# One of these is what tokens are made by; the others only say how.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES, *_PROCESSOR_FILES)
 STORE_MANIFEST = "store.json"
 # What is read as it is: floats, and the integer tables that some models look things up in.
@@ -202,7 +204,7 @@ class FolderSource(ModelSource):
 
     @cached_property
     def _tokenizer_and_warnings(self) -> tuple[PreTrainedTokenizerBase, list[str]]:
-        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+        if not any((self.folder / name).is_file() for name in VOCABULARY_FILES):
             raise InputError(self._no_tokenizer(), where=self.folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -153,6 +153,7 @@ def _create(
         _write(source, tensors, beside, quantised, backend, progress)
         skipped = [name for name, module in graph.named_modules()
                    if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in quantised]  # fmt: skip
+        source.write_companions(beside)
         _write_config(source, beside, skipped)
         _write_manifest(source, beside, tensors.unused)
 
@@ -170,18 +171,16 @@ def _write(
         file = f"model-{number:05d}-of-{len(layers):05d}.safetensors"
         parts: dict[str, Tensor] = {}
         for group in groups:
-            held = source.nf4(group.sources[0]) if group.is_renamed_only else None
-            if held is not None and set(group.targets) <= quantised:
-                (name,) = group.targets
-                parts.update(held.serialised(name))
-                done += 1
-                continue
-            for name, read in tensors.read(group).items():
-                value = read.to(torch.bfloat16) if read.dtype == torch.float32 and name not in wide else read
-                if not _is_finite(value):
-                    problems.append(f"tensor {name} holds values that are not finite")
-                    continue
-                made = quantise(value, backend).serialised(name) if name in quantised else {name: value}
+            for name, value in _values(source, tensors, group, quantised).items():
+                if isinstance(value, Tensor):
+                    if value.dtype == torch.float32 and name not in wide:
+                        value = value.to(torch.bfloat16)
+                    if not _is_finite(value):
+                        problems.append(f"tensor {name} holds values that are not finite")
+                        continue
+                    if name in quantised:
+                        value = quantise(value, backend)
+                made = {name: value} if isinstance(value, Tensor) else value.serialised(name)
                 parts.update({key: part.contiguous() for key, part in made.items()})
                 done += 1
                 if progress is not None:
@@ -197,6 +196,17 @@ def _write(
         raise InputError(first_problems(problems), where=source.reference)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
+
+
+def _values(
+    source: ModelSource, tensors: GraphTensors, group: Group, quantised: set[str]
+) -> Mapping[str, Tensor | NF4Weight]:  # fmt: skip
+    """A group's graph tensors; as NF4 what the source holds as such, so that its bits stay."""
+    if group.is_renamed_only and set(group.targets) <= quantised:
+        held = source.nf4(group.sources[0])
+        if held is not None:
+            return {next(iter(group.targets)): held}
+    return tensors.read(group)
 
 
 def _kept_wide(source: ModelSource, tensors: GraphTensors) -> set[str]:
