@@ -132,7 +132,8 @@ def test_a_reader_that_goes_away_is_no_failure_to_explain(arguments: list[str]) 
 
 def test_control_c_in_a_real_process() -> None:
     """A real SIGINT, sent by the command to its own process."""
-    code = "import os, signal, fitune.cli as cli\n"
+    # A shell's background jobs start with the signal ignored, and so would this process there.
+    code = "import os, signal, fitune.cli as cli\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "cli.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGINT))\ncli.main(['wait'])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "stopped by Ctrl-C\n")

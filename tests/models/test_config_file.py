@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.models.config_file import read_config
+from fitune.models.config_file import ACCEPTED_KEYS, read_config
 from tiny_models import FAMILIES, config_of
 
 
@@ -55,13 +55,24 @@ def test_keys_of_published_configurations_need_no_warning(tmp_path: Path) -> Non
         assert found.warnings == []
 
 
-def test_keys_that_nobody_understands_are_named(tmp_path: Path) -> None:
-    found = read_config(written(tmp_path / "m", use_gated_attention=True, logit_cap=30.0, off=False, empty=None), [])
+def test_keys_that_nobody_understands_are_refused_unless_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "m", use_gated_attention=True, logit_cap=30.0, off=False, empty=None)
+    problems: list[str] = []
+    assert read_config(folder, problems) is None
+    (problem,) = problems
+    assert "LlamaConfig" in problem
+    assert "use_gated_attention = True, logit_cap = 30.0;" in problem
+    assert problem.endswith("set FITUNE_ACCEPTED_CONFIG_KEYS=use_gated_attention,logit_cap")
+    monkeypatch.setenv(ACCEPTED_KEYS, "logit_cap")
+    assert read_config(folder, problems := []) is None
+    assert "logit_cap" not in problems[0]
+    monkeypatch.setenv(ACCEPTED_KEYS, "use_gated_attention, logit_cap")
+    found = read_config(folder, [])
     assert found is not None
     (warning,) = found.warnings
-    assert "LlamaConfig" in warning
-    assert "use_gated_attention = True, logit_cap = 30.0;" in warning
-    assert "off" not in warning.split("know:")[1].split(";")[0]
+    assert warning.startswith("config.json: use_gated_attention, logit_cap: LlamaConfig")
 
 
 @pytest.mark.parametrize(

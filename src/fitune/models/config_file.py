@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ _PLAIN_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "compression_config",
     "is_llama_config", "max_window_layers", "aux_loss_alpha", "seq_aux", "ep_size",
 }  # fmt: skip
+
+
+# Names, with commas between, of keys that nobody understands and that are to be left out all the same.
+ACCEPTED_KEYS = "FITUNE_ACCEPTED_CONFIG_KEYS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,8 @@ def read_config(folder: Path, problems: list[str]) -> ConfigFile | None:
     for name in ("quantization_config", "compression_config"):
         if hasattr(config, name):
             delattr(config, name)
-    return ConfigFile(config, quantisation, _warnings(written, config))
+    warnings = _warnings(written, config, problems)
+    return None if len(problems) > before else ConfigFile(config, quantisation, warnings)
 
 
 def text_type(config: PretrainedConfig) -> str | None:
@@ -122,22 +128,29 @@ def _unknown_type(written: dict[str, Any]) -> str:
     )
 
 
-def _warnings(written: dict[str, Any], config: PretrainedConfig) -> list[str]:
+def _warnings(written: dict[str, Any], config: PretrainedConfig, problems: list[str]) -> list[str]:
+    """What was understood otherwise than it may be meant; keys that nobody understands are among the `problems`."""
     warnings = []
     if "auto_map" in written:
         warnings.append(
             "config.json names code of its own (auto_map); it is not run, "
             f"transformers' own {config.model_type} is used"
         )
+    accepted = {name.strip() for name in os.environ.get(ACCEPTED_KEYS, "").split(",") if name.strip()}
     parts = {"": config} | {f"{name}.": getattr(config, name) for name in config.sub_configs if name == "text_config"}
     for prefix, part in parts.items():
         keys = written if not prefix else written.get(prefix.removesuffix("."))
         unknown = _unknown_keys(keys, part) if isinstance(keys, dict) else {}
-        if unknown:
-            named = ", ".join(f"{prefix}{name} = {_short(value)}" for name, value in unknown.items())
-            warnings.append(
-                f"config.json has keys that {type(part).__name__} of transformers {transformers.__version__} "
-                f"does not know: {named}; if they switch parts of the architecture, the model is built without them"
+        owner = f"{type(part).__name__} of transformers {transformers.__version__} does not know"
+        ignored = [f"{prefix}{name}" for name in unknown if name in accepted]
+        if ignored:
+            warnings.append(f"config.json: {', '.join(ignored)}: {owner}; left out, as {ACCEPTED_KEYS} says")
+        refused = {name: value for name, value in unknown.items() if name not in accepted}
+        if refused:
+            named = ", ".join(f"{prefix}{name} = {_short(value)}" for name, value in refused.items())
+            problems.append(
+                f"config.json has keys that {owner}: {named}; they may switch parts of the architecture. A newer "
+                f"transformers may know them; if they do not matter, set {ACCEPTED_KEYS}={','.join(refused)}"
             )
     return warnings
 
