@@ -66,7 +66,8 @@ def test_keys_that_nobody_understands_are_refused_unless_named(
     assert "use_gated_attention = True, logit_cap = 30.0;" in problem
     assert problem.endswith("set FITUNE_ACCEPTED_CONFIG_KEYS=use_gated_attention,logit_cap")
     monkeypatch.setenv(ACCEPTED_KEYS, "logit_cap")
-    assert read_config(folder, problems := []) is None
+    problems = []
+    assert read_config(folder, problems) is None
     assert "logit_cap" not in problems[0]
     monkeypatch.setenv(ACCEPTED_KEYS, "use_gated_attention, logit_cap")
     found = read_config(folder, [])
