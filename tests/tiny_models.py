@@ -61,7 +61,9 @@ CHATML = (
 
 
 def config_of(family: str, **settings: Any) -> transformers.PretrainedConfig:
-    return transformers.AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {}), **settings})
+    default = transformers.CONFIG_MAPPING[family]()
+    shape = {name: value for name, value in SHAPE.items() if hasattr(default, name)}
+    return transformers.AutoConfig.for_model(family, **{**shape, **FAMILIES.get(family, {}), **settings})
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> transformers.PreTrainedModel:
