@@ -51,7 +51,9 @@ TOKENS = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(3))
 
 def write_base(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     torch.manual_seed(0)
-    settings = {**SHAPE, **copy.deepcopy(KINDS[kind])}
+    default = AutoConfig.for_model(kind)
+    shape = {name: value for name, value in SHAPE.items() if hasattr(default, name)}
+    settings = {**shape, **copy.deepcopy(KINDS[kind])}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     model.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
