@@ -34,6 +34,9 @@ def audit_page(rows: Sequence[Mapping[str, Any]], versions: str) -> str:
         "- at its default sizes 90 % of the weights outside embeddings and head are quantised (column *quantised*);",
         "- adapters go to PEFT and come from it; generation with a cache gives the tokens of full passes.",
         "",
+        "Where a remark says that transformers itself does not compute a type in bfloat16, that comparison was not "
+        "made; where it says that the default configuration cannot be built, *quantised* is of the tiny model.",
+        "",
         "The columns *linear* to *head* say which parts run fused, and how many of each in the tiny model. "
         "What is not fused runs as transformers has it.",
         "",
