@@ -13,7 +13,9 @@ from fitune.errors import InputError
 
 def command(
     run: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder, or an adapter's.")],
-    output: Annotated[Path | None, typer.Option(help="The folder to write; without it RUN/merged.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder to write; without it RUN/merged.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if there is one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:

@@ -126,7 +126,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise InputError("not a folder: give a new folder's name", where=output)
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError("is not empty; give another folder, or ask for overwriting", where=output)
+        raise InputError("is not empty; give another folder, or --overwrite it", where=output)
 
 
 def _check_disk(output: Path, weight_bytes: int) -> None:
