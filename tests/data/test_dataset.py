@@ -30,6 +30,7 @@ class Settings:
     train: list[Source]
     validation: str | float | None = None
     system: str | None = None
+    chat_template: str = "model"
     train_on: Any = "assistant"
     max_tokens: int = 1024
     over_length: Any = "error"
@@ -62,6 +63,24 @@ def test_real_alpaca_end_to_end(shared_data: Path, smollm2_tokenizer: Any) -> No
     assert again == data
     other = load_training_data(Settings([Source(str(path))], validation=0.05), smollm2_tokenizer, seed=2)
     assert other.validation != data.validation
+
+
+def test_chat_without_a_template_is_refused(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    base = copy.deepcopy(smollm2_tokenizer)
+    base.chat_template = None
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "What is 1?"}, {"role": "assistant", "content": "It is 1."}]
+    chat.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"chat\.jsonl: a chat .*chat_template\.jinja.*instruction"):
+        load_training_data(Settings([Source(str(chat))]), base)
+    written = load_training_data(Settings([Source(str(chat))], chat_template="instruction"), base)
+    assert "### Response:\nIt is 1." in base.decode(written.train[0].tokens)
+    assert written.report.has_default_template
+    # An instruction is no chat: any wording may ask it, and the report says which one does.
+    asked = load_training_data(Settings([Source(str(questions(tmp_path / "a.jsonl", 2)))]), base)
+    assert asked.report.has_default_template
+    with pytest.raises(InputError, match="this one has its own"):
+        load_training_data(Settings([Source(str(chat))], chat_template="instruction"), smollm2_tokenizer)
 
 
 def test_report_shows_what_is_trained(tmp_path: Path, smollm2_tokenizer: Any) -> None:

@@ -102,6 +102,11 @@ class DataSettings(Section):
         description="A system message for every conversation; without it the data's own is kept",
         examples=["You answer in one sentence."],
     )
+    chat_template: Literal["model", "instruction"] = Field(
+        default="model",
+        description="How conversations are written: as the model's own template says, or (for a model that has none) "
+        "with ### Instruction: and ### Response:",
+    )
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
         default="assistant",
         description="Whose tokens are learnt: every answer's, the last answer's, everybody's",

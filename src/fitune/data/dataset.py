@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # More samples than this share without a single trained token mean that the data is not what it is taken for.
 NOTHING_TO_TRAIN_SHARE = 0.01
+# Formats of whole conversations; the others are instructions, which any wording may ask.
+CHAT_FORMATS = ("messages", "sharegpt")
 
 
 class SourceSettings(Protocol):
@@ -55,6 +57,8 @@ class DataSettings(Protocol):
     def validation(self) -> str | float | None: ...
     @property
     def system(self) -> str | None: ...
+    @property
+    def chat_template(self) -> str: ...
     @property
     def train_on(self) -> TrainOn: ...
     @property
@@ -107,6 +111,7 @@ def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, s
     validation_path = data.validation if isinstance(data.validation, str) else None
     _refuse_same_file(data.train, validation_path)
     read, files = _read(data.train, validation_path)
+    _refuse_template(encoder, files, data)
     tally = _encode_all(read[: len(data.train)], [source.weight for source in data.train], encoder, data)
     _refuse_untrainable(tally)
     keys = [content_key(sample) for sample in tally.kept]
@@ -150,6 +155,21 @@ def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, s
         views=tuple(view_of(sample, tokenizer) for sample in kept[:SHOWN_SAMPLES]),
     )
     return TrainingData(train, held_out, report)
+
+
+def _refuse_template(encoder: Encoder, files: Sequence[SourceFile], data: DataSettings) -> None:
+    """A chat needs the template that the model will be asked with; an instruction file may do with the default."""
+    if data.chat_template == "instruction" and not encoder.template.is_default:
+        raise InputError(
+            "data.chat_template: instruction is for models without a chat template; this one has its own"
+        )
+    chats = [str(file.path) for file in files if file.format in CHAT_FORMATS]
+    if data.chat_template == "model" and encoder.template.is_default and chats:
+        raise InputError(
+            f"{', '.join(chats)}: a chat ({'/'.join(CHAT_FORMATS)}), and the model has no chat template; put the "
+            "template it shall be asked with into its folder as chat_template.jinja, or set data.chat_template: "
+            "instruction to have turns written with ### Instruction: and ### Response:"
+        )
 
 
 def _refuse_same_file(sources: Sequence[SourceSettings], validation: str | None) -> None:
