@@ -16,7 +16,7 @@ from fitune.data.prefixes import find_prefixes
 from fitune.fuse.model import FusedModel
 from tiny_models import BACKEND, FAMILIES, adapted, distance, lora_gradients, model_of, random_samples
 
-WHOLE_PARTS = {"linear", "norm", "mlp", "attention", "head"}
+WHOLE_PARTS = {"linear", "norm", "mlp", "attention", "layer", "head"}
 
 
 def their_loss(peft: Any, samples: list[EncodedSample], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def test_float32(family: str) -> None:
     assert set(model.report.replaced) == WHOLE_PARTS, model.report
     assert not model.report.left
     assert model.report.replaced["linear"] == 14
-    assert model.report.replaced["mlp"] == 2
+    assert model.report.replaced["mlp"] == model.report.replaced["layer"] == 2
     assert model.report.replaced["norm"] == (9 if family in ("qwen3", "gemma2") else 5)
     (loss, rows), _, (our, our_rows) = results
     torch.testing.assert_close(our, loss, rtol=1e-5, atol=1e-5)

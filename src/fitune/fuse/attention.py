@@ -72,6 +72,9 @@ def _attention_of(backend: str) -> Any:
         # A rotary embedding computed in float32 leaves queries and keys wider than the values.
         query, key = query.to(value.dtype), key.to(value.dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        seen = _SEEN.get()
+        if seen is not None:
+            seen[id(module)] = (scale, sliding_window or 0, softcap or 0.0)
         if documents is not None:
             narrow = value.shape[-1]
             if narrow < query.shape[-1]:  # latent attention: values narrower than keys
@@ -141,6 +144,20 @@ class _DocumentAttention(torch.autograd.Function):
         q, k, v, out, lse, documents = ctx.saved_tensors
         grads = contract.attention_backward(grad_out, q, k, v, out, lse, documents, *ctx.settings)
         return *grads, None, None, None, None, None
+
+
+_SEEN: ContextVar[dict[int, tuple[float, int, float]] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def seen_calls() -> Iterator[dict[int, tuple[float, int, float]]]:
+    """Inside, id(attention module) -> the scale, window (0: none) and cap (0: none) that it asked for."""
+    seen: dict[int, tuple[float, int, float]] = {}
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 _DOCUMENTS_GIVEN: ContextVar[bool] = ContextVar("documents_given", default=False)

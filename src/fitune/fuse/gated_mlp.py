@@ -5,15 +5,15 @@ It saves x, gate(x), up(x) and the three x A^T; the product of the two branches 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fitune.fuse.lora_linear import FusedLoraLinear
-from fitune.fuse.lora_product import LoraProduct
+from fitune.fuse.lora_linear import covered, covered_all
+from fitune.fuse.lora_product import LoraProduct, products_of
 from fitune.kernels import contract
-from fitune.quant.linear import QuantisedLinear
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -31,35 +31,18 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        parts = [_factors(getattr(self, name)) for name in PARTS]
-        if any(part is None for part in parts):
+        part = self.part()
+        parts = covered_all(part.linears)
+        if parts is None:
             result: Tensor = self.original_forward(x)
             return result
-        (gate, ga, gb, gs), (up, ua, ub, us), (down, da, db, ds) = parts  # type: ignore[misc]
-        flat: Tensor = _GatedMLP.apply(
-            x.reshape(-1, x.shape[-1]),
-            (gate, up, down),
-            (gs, us, ds),
-            self.activation,
-            self.backend,
-            ga,
-            gb,
-            ua,
-            ub,
-            da,
-            db,
-        )
+        bases, factors = parts
+        flat: Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]), part, bases, *factors)
         return flat.view(x.shape)
 
-
-def _factors(layer: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, float] | None:
-    """Base, A, B and scaling of a projection; None where the fused pass does not cover it as it is now."""
-    if isinstance(layer, FusedLoraLinear):
-        adapter = layer.adapter_in_use()
-        return None if adapter is None else (layer.get_base_layer(), *layer.factors(adapter))
-    if isinstance(layer, QuantisedLinear) or (type(layer) is nn.Linear and not layer.weight.requires_grad):
-        return layer, None, None, 1.0
-    return None
+    def part(self) -> GatedMLPPart:
+        """The arithmetic, with the projections as they are now."""
+        return GatedMLPPart(self, self.activation, self.backend)
 
 
 def fused_mlp_candidates(module: nn.Module, backend: str) -> list[FusedGatedMLP]:
@@ -69,41 +52,58 @@ def fused_mlp_candidates(module: nn.Module, backend: str) -> list[FusedGatedMLP]
         return []
     if any(list(child.parameters()) for name, child in children.items() if name not in PARTS):
         return []
-    if any(_factors(children[name]) is None for name in PARTS):
+    if any(covered(children[name]) is None for name in PARTS):
         return []
     return [FusedGatedMLP(module, activation, backend) for activation in ("silu", "gelu_tanh")]
+
+
+class GatedMLPPart:
+    """The arithmetic of a gated MLP, whose projections it uses and does not own."""
+
+    def __init__(self, module: nn.Module, activation: str, backend: str) -> None:
+        self.linears = [getattr(module, name) for name in PARTS]
+        self.activation = activation
+        self.backend = backend
+
+    def forward(self, x: Tensor, products: list[LoraProduct]) -> tuple[Tensor, list[Tensor | None]]:
+        """x [M, C] -> [M, C], and what `backward` needs."""
+        gate, up, down = products
+        gated, gate_u = gate.forward(x)
+        upped, up_u = up.forward(x)
+        inner = contract.gated_activation(gated, upped, self.activation, self.backend)
+        out, down_u = down.forward(inner)
+        return out, [gated, upped, gate_u, up_u, down_u]
+
+    def backward(
+        self, grad: Tensor, x: Tensor, products: list[LoraProduct], saved: list[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """grad [M, C] of the output, x [M, C] -> grad of x, and of A and B of each product."""
+        gated, upped, gate_u, up_u, down_u = saved
+        gate, up, down = products
+        grad_inner, down_v = down.grad_input(grad)
+        grad_gated, grad_upped, inner = contract.gated_activation_backward(
+            grad_inner, gated, upped, self.activation, self.backend
+        )
+        down_grads = down.grad_adapter(grad, inner, down_u, down_v)
+        grad_x, gate_v = gate.grad_input(grad_gated)
+        gate_grads = gate.grad_adapter(grad_gated, x, gate_u, gate_v)
+        grad_x, up_v = up.grad_input(grad_upped, into=grad_x)
+        up_grads = up.grad_adapter(grad_upped, x, up_u, up_v)
+        return grad_x, [*gate_grads, *up_grads, *down_grads]
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: tuple[nn.Linear, ...], scalings: tuple[float, ...], activation: str,
-        backend: str, *factors: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        gate, up, down = (
-            LoraProduct.of(base, factors[2 * i], factors[2 * i + 1], scalings[i], x.dtype)
-            for i, base in enumerate(bases)
-        )
-        gated, gate_u = gate.forward(x)
-        upped, up_u = up.forward(x)
-        inner = contract.gated_activation(gated, upped, activation, backend)
-        out, down_u = down.forward(inner)
-        ctx.products = gate, up, down
-        ctx.activation, ctx.backend = activation, backend
-        ctx.save_for_backward(x, gated, upped, gate_u, up_u, down_u)
+        ctx: Any, x: Tensor, part: GatedMLPPart, bases: Sequence[tuple[nn.Linear, float]], *factors: Tensor | None
+    ) -> Tensor:
+        ctx.part, ctx.products = part, products_of(bases, factors, x.dtype)
+        out, saved = part.forward(x, ctx.products)
+        ctx.save_for_backward(x, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gated, upped, gate_u, up_u, down_u = ctx.saved_tensors
-        gate, up, down = ctx.products
-        grad_inner, down_v = down.grad_input(grad_out)
-        grad_gated, grad_upped, inner = contract.gated_activation_backward(
-            grad_inner, gated, upped, ctx.activation, ctx.backend
-        )
-        down_grads = down.grad_adapter(grad_out, inner, down_u, down_v)
-        grad_x, gate_v = gate.grad_input(grad_gated)
-        gate_grads = gate.grad_adapter(grad_gated, x, gate_u, gate_v)
-        grad_x, up_v = up.grad_input(grad_upped, into=grad_x)
-        up_grads = up.grad_adapter(grad_upped, x, up_u, up_v)
-        return grad_x, None, None, None, None, *gate_grads, *up_grads, *down_grads
+        x, *saved = ctx.saved_tensors
+        grad_x, grads = ctx.part.backward(grad_out, x, ctx.products, saved)
+        return grad_x, None, None, *grads

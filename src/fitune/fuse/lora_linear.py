@@ -6,6 +6,7 @@ cover goes through PEFT's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fitune.fuse.lora_product import LoraProduct
 from fitune.models.graph import is_plain_linear
+from fitune.quant.linear import QuantisedLinear
 
 # LoRA variants change the formula; PEFT's own layers handle them.
 _VARIANTS = (
@@ -58,6 +60,31 @@ def fused_lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs
     if not is_plain_linear(target):
         return None
     return FusedLoraLinear(target, adapter_name, config=config, **kwargs)
+
+
+def covered(layer: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, float] | None:
+    """Base, A, B and scaling of a projection; None where the fused passes do not cover it as it is now."""
+    if isinstance(layer, FusedLoraLinear):
+        adapter = layer.adapter_in_use()
+        return None if adapter is None else (layer.get_base_layer(), *layer.factors(adapter))
+    if isinstance(layer, QuantisedLinear) or (type(layer) is nn.Linear and not layer.weight.requires_grad):
+        return layer, None, None, 1.0
+    return None
+
+
+def covered_all(
+    layers: Sequence[nn.Module],
+) -> tuple[list[tuple[nn.Linear, float]], list[Tensor | None]] | None:
+    """(base, scaling) of each layer and all A and B in order; None where one of the layers is not covered."""
+    bases: list[tuple[nn.Linear, float]] = []
+    factors: list[Tensor | None] = []
+    for layer in layers:
+        found = covered(layer)
+        if found is None:
+            return None
+        bases.append((found[0], found[3]))
+        factors += found[1:3]
+    return bases, factors
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -5,6 +5,7 @@ y = x W^T + b + s (x A^T) B^T. The fused modules are made of these; W is reached
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,3 +66,13 @@ class LoraProduct:
         if u is None or v is None:
             return None, None
         return torch.mm(v.t(), x).float(), torch.mm(grad.t(), u).float().mul_(self.scaling)
+
+
+def products_of(
+    bases: Sequence[tuple[nn.Linear, float]], factors: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[LoraProduct]:
+    """Of (base, scaling) pairs and their A and B in order."""
+    return [
+        LoraProduct.of(base, factors[2 * index], factors[2 * index + 1], scaling, dtype)
+        for index, (base, scaling) in enumerate(bases)
+    ]

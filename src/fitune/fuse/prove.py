@@ -6,6 +6,8 @@ may be at most twice as far from float32 as the original is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +29,15 @@ class Verdict:
     reason: str
 
 
-def prove(original: nn.Module, fused: nn.Module, width: int, dtype: torch.dtype) -> Verdict:
-    """Compares two modules of x [1, T, width] -> [1, T, width] that share their parameters."""
+def prove(
+    original: nn.Module, fused: nn.Module, width: int, dtype: torch.dtype, tokens: int = TOKENS
+) -> Verdict:  # fmt: skip
+    """Compares two modules of x [1, T, width] -> [1, T, width] that share their parameters; T is `tokens`."""
     worst = 0.0
     for scale in INPUT_SCALES:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, TOKENS, width, generator=generator) * scale
-        grad = torch.randn(1, TOKENS, width, generator=generator)
+        x = torch.randn(1, tokens, width, generator=generator) * scale
+        grad = torch.randn(1, tokens, width, generator=generator)
         try:
             exact = _run(original, x, grad, torch.float32)
             ours = _run(fused, x, grad, torch.float32)
@@ -65,3 +69,20 @@ def _run(module: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list
 
 def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@contextmanager
+def with_trained_adapter(module: nn.Module) -> Iterator[None]:
+    """For the length of a proof, gives every LoRA B of `module` values: at zero they would prove nothing."""
+    factors = [p for name, p in module.named_parameters() if "lora_B" in name and p.dim() == 2]
+    saved = [factor.detach().clone() for factor in factors]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for factor in factors:
+            factor.copy_(torch.randn(factor.shape, generator=generator) * 0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for factor, values in zip(factors, saved, strict=True):
+                factor.copy_(values)

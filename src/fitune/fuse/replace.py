@@ -20,7 +20,8 @@ from fitune.fuse import attention
 from fitune.fuse.gated_mlp import fused_mlp_candidates
 from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.norm import fused_norm_candidates
-from fitune.fuse.prove import TOLERANCE, prove
+from fitune.fuse.prove import TOLERANCE, prove, with_trained_adapter
+from fitune.fuse.replace_layers import replace_layers
 
 # Two documents in a row, each longer than the windows and chunks of tiny models are.
 PROOF_TOKENS = (24, 17)
@@ -60,6 +61,13 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool)
     if proofs:
         report.takes_positions = _takes_positions(model)
     _replace_attention(model, backend, report, proofs)
+    if "attention" not in report.replaced:
+        report.left["layer"] = "its attention does not go by documents"
+        return report
+    count, left = replace_layers(model, dtype, backend, (lambda: _packed_logits(model)) if proofs else None)
+    if count:
+        report.replaced["layer"] = count
+    report.left |= {f"layer ({kind})": reason for kind, reason in left.items()}
     return report
 
 
@@ -111,7 +119,7 @@ def _replace(
         if signature not in proven:
             proven[signature] = None if proofs else 0
             reasons: list[str] = []
-            with _TrainedAdapter(module):
+            with with_trained_adapter(module):
                 for number, option in enumerate(options if proofs else ()):
                     verdict = prove(module, option, width(module), dtype)
                     reasons.append(verdict.reason)
@@ -128,27 +136,6 @@ def _replace(
         fused.train(module.training)
         setattr(root.get_submodule(parent), leaf, fused)
         report.replaced[part] += 1
-
-
-class _TrainedAdapter:
-    """For the length of a proof, gives every LoRA B of `module` values: at zero they would prove nothing."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._factors = [
-            parameter for name, parameter in module.named_parameters() if "lora_B" in name and parameter.dim() == 2
-        ]
-
-    def __enter__(self) -> None:
-        self._saved = [parameter.detach().clone() for parameter in self._factors]
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in self._factors:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-
-    def __exit__(self, *exception: object) -> None:
-        with torch.no_grad():
-            for parameter, saved in zip(self._factors, self._saved, strict=True):
-                parameter.copy_(saved)
 
 
 def _replace_attention(model: PreTrainedModel, backend: str, report: FusionReport, proofs: bool) -> None:

@@ -1,0 +1,205 @@
+"""A whole decoder layer as one autograd node.
+
+What it saves is chosen here: the residual stream before each half of the layer, and what the halves' own parts ask
+for; norms are computed again in the backward pass. The layer stays the module it was, its `forward` is replaced:
+names, parameters, adapters and whatever looks for its class find what they found before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitune.fuse.attention_part import AttentionForm, AttentionPart, LayerCall, Saved
+from fitune.fuse.gated_mlp import FusedGatedMLP, GatedMLPPart
+from fitune.fuse.lora_linear import covered_all
+from fitune.fuse.lora_product import products_of
+from fitune.fuse.norm import FusedNorm
+from fitune.kernels import contract
+
+# Arguments of a layer that may have any value here: they say what its other arguments already do.
+_IDLE = {"position_ids", "cache_position", "use_cache", "position_embeddings", "documents"}
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """How a layer's two halves stand on the residual stream: x + scale * after(part(before(x))).
+
+    Attributes:
+        norms: names of the norms before and after the attention, before and after the MLP; None: there is none.
+        scale: of both halves.
+    """
+
+    norms: tuple[str | None, str | None, str | None, str | None]
+    scale: float = 1.0
+
+
+class Positions:
+    """The rotary embedding's cosines and sines as the operators take them, made once for all layers of a pass."""
+
+    def __init__(self) -> None:
+        self._given: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def of(self, given: tuple[Tensor, Tensor], rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [1 or B, T, 2 * half] -> [B * T, half] float32 each."""
+        if (
+            self._made is None
+            or self._given is None
+            or any(a is not b for a, b in zip(given, self._given, strict=True))
+        ):
+            self._made = _halved(given[0], rows, tokens), _halved(given[1], rows, tokens)
+            self._given = given
+        return self._made
+
+
+def _halved(x: Tensor, rows: int, tokens: int) -> Tensor:
+    half = x.shape[-1] // 2
+    return x[..., :half].expand(rows, tokens, half).float().reshape(-1, half).contiguous()
+
+
+class FusedLayer:
+    """The pass through one decoder layer; calls the original where it does not cover how it is called."""
+
+    def __init__(
+        self, layer: nn.Module, form: LayerForm, attention: AttentionPart, mlp: GatedMLPPart, positions: Positions,
+        backend: str,
+    ) -> None:  # fmt: skip
+        self.original: Callable[..., Tensor] = layer.forward
+        self.form = form
+        self.attention = attention
+        self.mlp = mlp
+        self.norms: list[FusedNorm | None] = [None if name is None else getattr(layer, name) for name in form.norms]
+        self.linears = [*attention.linears, *mlp.linears]
+        self.positions = positions
+        self.backend = backend
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states [B, T, C] -> [B, T, C]."""
+        documents = kwargs.get("documents")
+        unknown = args or any(value is not None for name, value in kwargs.items() if name not in _IDLE)
+        parts = None if unknown or documents is None else covered_all(self.linears)
+        if parts is None:
+            return self.original(hidden_states, *args, **kwargs)
+        rows, tokens, width = hidden_states.shape
+        turning = kwargs.get("position_embeddings")
+        cos, sin = (None, None) if turning is None else self.positions.of(turning, rows, tokens)
+        bases, factors = parts
+        call = LayerCall(rows, tokens, documents, cos, sin)
+        flat: Tensor = _Layer.apply(hidden_states.reshape(-1, width), self, call, bases, *factors)
+        return flat.view(rows, tokens, width)
+
+    def norm(self, x: Tensor, place: int) -> tuple[Tensor, Tensor | None]:
+        """x through the norm at this place of the form, and its inverse root mean squares."""
+        norm = self.norms[place]
+        if norm is None:
+            return x, None
+        out, rstd = contract.rms_norm(x, norm.weight, norm.eps, norm.shift, self.backend)
+        return out, rstd
+
+    def norm_backward(self, grad: Tensor, x: Tensor | None, rstd: Tensor | None, place: int) -> Tensor:
+        """The gradient of `norm`."""
+        norm = self.norms[place]
+        if norm is None:
+            return grad
+        grad_x: Tensor = contract.rms_norm_backward(grad, x, norm.weight, rstd, norm.shift, self.backend)
+        return grad_x
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: FusedLayer, call: LayerCall, bases: Sequence[tuple[nn.Linear, float]],
+        *factors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        products = products_of(bases, factors, x.dtype)
+        count = len(layer.attention.linears)
+        first, half = _half(layer, 0, x, lambda inner: layer.attention.forward(inner, call, products[:count]))
+        second, out = _half(layer, 2, half, lambda inner: layer.mlp.forward(inner, products[count:]))
+        ctx.layer, ctx.call, ctx.products, ctx.saved_by_first = layer, call, products, len(first)
+        ctx.save_for_backward(x, half, *first, *second)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layer, call, products = ctx.layer, ctx.call, ctx.products
+        x, half, *saved = ctx.saved_tensors
+        first, second = saved[: ctx.saved_by_first], saved[ctx.saved_by_first :]
+        count = len(layer.attention.linears)
+        grad, mlp_grads = _half_backward(
+            layer, 2, grad, half, second,
+            lambda g, inner, kept: layer.mlp.backward(g, inner, products[count:], kept),
+        )  # fmt: skip
+        grad, attention_grads = _half_backward(
+            layer, 0, grad, x, first,
+            lambda g, inner, kept: layer.attention.backward(g, inner, call, products[:count], kept),
+        )  # fmt: skip
+        return grad, None, None, None, *attention_grads, *mlp_grads
+
+
+def _half(
+    layer: FusedLayer, place: int, x: Tensor, part: Callable[[Tensor], tuple[Tensor, Saved]]
+) -> tuple[Saved, Tensor]:  # fmt: skip
+    """x + scale * after(part(before(x))), and what its gradient needs."""
+    inner, rstd = layer.norm(x, place)
+    raw, saved = part(inner)
+    out, after_rstd = layer.norm(raw, place + 1)
+    total = torch.add(x, out, alpha=layer.form.scale)
+    return [rstd, None if after_rstd is None else raw, after_rstd, *saved], total
+
+
+def _half_backward(
+    layer: FusedLayer, place: int, grad: Tensor, x: Tensor, saved: Saved,
+    part: Callable[[Tensor, Tensor, Saved], tuple[Tensor, Saved]],
+) -> tuple[Tensor, Saved]:  # fmt: skip
+    """The gradient of x, and of the part's factors."""
+    rstd, raw, after_rstd, *kept = saved
+    inner, _ = layer.norm(x, place)
+    scaled = grad if layer.form.scale == 1.0 else grad * layer.form.scale
+    grad_raw = layer.norm_backward(scaled.contiguous(), raw, after_rstd, place + 1)
+    grad_inner, factor_grads = part(grad_raw, inner, kept)
+    return grad + layer.norm_backward(grad_inner, x, rstd, place), factor_grads
+
+
+def layer_forms(layer: nn.Module) -> list[LayerForm]:
+    """The forms that a layer with this structure may have; behaviour decides. Empty: it is no such layer."""
+    norms = [name for name, child in layer.named_children() if isinstance(child, FusedNorm)]
+    known = {*norms, "self_attn", "mlp"}
+    if any(list(child.parameters()) for name, child in layer.named_children() if name not in known):
+        return []
+    if list(layer.parameters(recurse=False)) or not isinstance(getattr(layer, "mlp", None), FusedGatedMLP):
+        return []
+    if any(getattr(layer, name).weight.requires_grad for name in norms):
+        return []
+    scales = [1.0]
+    multiplier = getattr(layer, "residual_multiplier", None)
+    if isinstance(multiplier, float) and multiplier != 1.0:
+        scales.insert(0, multiplier)
+    if len(norms) == 2:
+        places: list[tuple[str | None, str | None, str | None, str | None]] = [
+            (norms[0], None, norms[1], None),
+            (None, norms[0], None, norms[1]),
+        ]
+    elif len(norms) == 4:
+        places = [(norms[0], norms[1], norms[2], norms[3])]
+    else:
+        return []
+    return [LayerForm(names, scale) for names in places for scale in scales]
+
+
+def fused_layer_candidates(
+    layer: nn.Module, attention_forms: Sequence[AttentionForm], positions: Positions, backend: str
+) -> list[FusedLayer]:  # fmt: skip
+    """What a layer may be, over the forms of its attention and its own."""
+    mlp = getattr(layer, "mlp", None)
+    if not isinstance(mlp, FusedGatedMLP):
+        return []
+    return [
+        FusedLayer(layer, form, AttentionPart(layer.self_attn, attention, backend), mlp.part(), positions, backend)
+        for attention in attention_forms
+        for form in layer_forms(layer)
+    ]

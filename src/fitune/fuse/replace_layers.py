@@ -1,0 +1,149 @@
+"""Replacing whole decoder layers, each accepted by proof on the very call that the model makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fitune.fuse.attention import seen_calls
+from fitune.fuse.attention_part import attention_forms
+from fitune.fuse.decoder_layer import FusedLayer, Positions, fused_layer_candidates
+from fitune.fuse.lora_linear import covered_all
+from fitune.fuse.prove import prove, with_trained_adapter
+
+Calls = dict[int, dict[str, Any]]
+
+
+def replace_layers(
+    model: PreTrainedModel, dtype: torch.dtype, backend: str, packed_pass: Callable[[], Tensor] | None
+) -> tuple[int, dict[str, str]]:
+    """Replaces the decoder layers of `model` that it can; how many, and class -> why not for the others.
+
+    `packed_pass` runs two documents in one row through the model, whose attention goes by documents. None: every
+    layer is accepted by structure alone, for dry runs.
+    """
+    layers = [module for module in model.modules() if {"self_attn", "mlp"} <= set(dict(module.named_children()))]
+    calls, seen, tokens = _watched(layers, packed_pass)
+    positions = Positions()
+    proven: dict[tuple[object, ...], int | None] = {}
+    count, left = 0, {}
+    for layer in layers:
+        call = calls.get(id(layer))
+        scale, window, cap = seen.get(id(layer.self_attn), (None, 0, 0.0))
+        candidates = fused_layer_candidates(
+            layer, attention_forms(layer.self_attn, scale, window, cap), positions, backend
+        )
+        kind = type(layer).__name__
+        if not candidates:
+            left[kind] = "its parts are not an attention and a gated MLP between RMSNorms, all replaced"
+            continue
+        if covered_all(candidates[0].linears) is None:
+            left[kind] = "its projections are trained themselves, or their adapters do more than LoRA without dropout"
+            continue
+        if packed_pass is None:
+            layer.forward = candidates[0]
+            count += 1
+            continue
+        if call is None or scale is None:
+            left[kind] = "it is not called with a hidden state and keywords alone"
+            continue
+        signature = (kind, scale, window, cap, _shape_of(call), *_insides(layer))
+        if signature not in proven:
+            proven[signature], reason = _choose(layer, candidates, call, dtype, tokens)
+            if proven[signature] is None:
+                left[kind] = reason
+        chosen = proven[signature]
+        if chosen is not None:
+            layer.forward = candidates[chosen]
+            count += 1
+    return count, left
+
+
+def _watched(
+    layers: list[nn.Module], packed_pass: Callable[[], Tensor] | None
+) -> tuple[Calls, dict[int, tuple[float, int, float]], int]:
+    """The keywords each layer was called with, what its attention asked for, and how many tokens there were."""
+    calls: Calls = {}
+    tokens = [0]
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states", None)
+        if len(args) <= 1 and isinstance(hidden, Tensor):
+            calls[id(layer)] = kwargs
+            tokens[0] = hidden.shape[1]
+
+    if packed_pass is None:
+        return calls, {}, 0
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        with seen_calls() as seen:
+            packed_pass()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls, seen, tokens[0]
+
+
+class _Replay(nn.Module):
+    """A layer as a module of its hidden state alone; the rest is what the model gave it, in that one's dtype."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor], call: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.run = forward
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, T, C] -> [1, T, C]."""
+        out = self.run(x, **{name: _as(value, x.dtype) for name, value in self.call.items()})
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the layer gives a {type(out).__name__}, not a tensor")
+        return out
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return tuple(_as(part, dtype) for part in value) if isinstance(value, tuple) else value
+
+
+def _choose(
+    layer: nn.Module, candidates: list[FusedLayer], call: dict[str, Any], dtype: torch.dtype, tokens: int
+) -> tuple[int | None, str]:
+    width = next(norm for norm in candidates[0].norms if norm is not None).weight.shape[0]
+    original = _Replay(layer, layer.forward, call)
+    reasons: list[str] = []
+    with with_trained_adapter(layer):
+        for number, candidate in enumerate(candidates):
+            verdict = prove(original, _Replay(layer, candidate, call), width, dtype, tokens)
+            if verdict.holds:
+                return number, ""
+            reasons.append(verdict.reason)
+    return None, "; ".join(dict.fromkeys(reasons))
+
+
+def _insides(layer: nn.Module) -> tuple[object, ...]:
+    """What two layers must share for the proof of one to cover the other, but for their weights' values."""
+    found: list[object] = []
+    for name, module in layer.named_modules():
+        simple = {
+            key: value
+            for key, value in vars(module).items()
+            if not key.startswith("_") and key != "layer_idx" and isinstance(value, int | float | str | None)
+        }
+        found.append(
+            (name, type(module).__name__, tuple(sorted((key, repr(value)) for key, value in simple.items())))
+        )
+    found += [(name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()]
+    return tuple(found)
+
+
+def _shape_of(call: dict[str, Any]) -> tuple[object, ...]:
+    turning = call.get("position_embeddings")
+    shapes = () if turning is None else tuple(tuple(x.shape) for x in turning)
+    return (shapes, tuple(sorted(name for name, value in call.items() if value is not None)))

@@ -1,0 +1,103 @@
+"""Whole decoder layers: which are replaced, that the replaced pass is the one that runs, and what must be caught."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fitune.data.collation import collate
+from fitune.fuse import replace_layers
+from fitune.fuse.attention_part import AttentionForm, AttentionPart
+from fitune.fuse.decoder_layer import FusedLayer
+from tiny_models import FAMILIES, adapted, distance, lora_gradients, model_of, random_samples
+
+
+def layers_of(graph: Any) -> list[Any]:
+    return [module for module in graph.modules() if isinstance(getattr(module, "forward", None), FusedLayer)]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_one_node_and_the_same_numbers(family: str) -> None:
+    """The parity with transformers is test_against_transformers'; here: the parts apart against the layer whole."""
+    samples = random_samples([25, 30, 9])
+    batch = collate([samples], 512, 0)
+    model, peft = adapted(model_of(family))
+    layers = layers_of(model.graph)
+    assert len(layers) == 2
+    logprobs, _ = model.logprobs(batch)
+    assert "_LayerBackward" in names_of_nodes(logprobs)
+    assert not {"_GatedMLPBackward", "_DocumentAttentionBackward", "_LoraLinearBackward"} & names_of_nodes(logprobs)
+    logprobs.sum().backward()
+    whole = lora_gradients(peft)
+    for layer in layers:
+        layer.forward = layer.forward.original
+    apart, _ = model.logprobs(batch)
+    assert "_GatedMLPBackward" in names_of_nodes(apart)
+    apart.sum().backward()
+    torch.testing.assert_close(logprobs, apart, rtol=1e-5, atol=1e-5)
+    for name, expected in lora_gradients(peft).items():
+        assert distance(whole[name], expected) < 1e-5, name
+
+
+def names_of_nodes(result: torch.Tensor) -> set[str]:
+    seen: set[Any] = set()
+    names, waiting = set(), [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.add(type(node).__name__)
+        waiting += [following for following, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize("mutation", ["window", "scale", "cap", "rotary"])
+def test_a_wrong_form_is_refused(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(module: Any, scale: float, window: int, cap: float) -> list[AttentionForm]:
+        form = AttentionForm(module.head_dim, scale, window, cap)
+        changed = {
+            "window": {"window": window + 1},
+            "scale": {"scale": scale * 1.01},
+            "cap": {"cap": 0.0},
+            "rotary": {"rotary": False},
+        }[mutation]
+        return [AttentionForm(**{**vars(form), **changed})]
+
+    monkeypatch.setattr(replace_layers, "attention_forms", wrong)
+    model, _ = adapted(model_of("gemma2"))
+    assert "layer" not in model.report.replaced
+    assert "differs by" in model.report.left["layer (Gemma2DecoderLayer)"]
+
+
+def test_wrong_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full for partial rotary, and the angles of the next position."""
+    turned = AttentionPart._turned
+
+    def shifted(self: Any, heads: Any, call: Any, inverse: bool = False) -> Any:
+        from dataclasses import replace
+
+        return turned(self, heads, replace(call, cos=call.cos.roll(1, 0), sin=call.sin.roll(1, 0)), inverse)
+
+    monkeypatch.setattr(AttentionPart, "_turned", shifted)
+    model, _ = adapted(model_of("llama"))
+    assert "layer" not in model.report.replaced
+
+
+def test_what_the_layer_does_not_cover_goes_the_original_way() -> None:
+    """A cache, a mask, an adapter with dropout, no adapter."""
+    model, peft = adapted(model_of("llama"))
+    tokens = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.graph(input_ids=tokens, use_cache=False).logits
+        torch.testing.assert_close(model.graph(input_ids=tokens, use_cache=True).logits, expected)
+        mask = torch.ones_like(tokens)
+        torch.testing.assert_close(model.graph(input_ids=tokens, attention_mask=mask).logits, expected)
+    samples = random_samples([25])
+    batch = collate([samples], 512, 0)
+    with peft.disable_adapter():
+        base, _ = model.logprobs(batch)
+    assert not any(name.startswith("_Layer") for name in names_of_nodes(base))
+    assert not torch.equal(base, model.logprobs(batch)[0])
