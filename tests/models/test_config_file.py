@@ -46,6 +46,7 @@ def test_keys_of_published_configurations_need_no_warning(tmp_path: Path) -> Non
         "gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000, "cache_implementation": "hybrid"},
         "qwen3_moe": {"head_dim": 16, "decoder_sparse_step": 1, "max_window_layers": 48},
         "smollm3": {"no_rope_layer_interval": 4, "max_window_layers": 28},
+        "phi3": {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "embd_pdrop": 0.0},
     }
     for family, fields in own.items():
         (tmp_path / family).mkdir()
@@ -74,6 +75,13 @@ def test_keys_that_nobody_understands_are_refused_unless_named(
     assert found is not None
     (warning,) = found.warnings
     assert warning.startswith("config.json: use_gated_attention, logit_cap: LlamaConfig")
+
+
+def test_a_key_without_effect_is_refused_at_another_value(tmp_path: Path) -> None:
+    problems: list[str] = []
+    assert read_config(written(tmp_path / "m", full_attn_mod=2, interpolate_factor=1), problems) is None
+    assert "full_attn_mod = 2;" in problems[0]
+    assert "interpolate_factor" not in problems[0]
 
 
 @pytest.mark.parametrize(

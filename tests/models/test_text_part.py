@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -116,6 +117,13 @@ def test_the_text_decoder_computes_what_the_whole_model_does(tmp_path: Path, kin
     assert sorted([*written, *source.carried_names()]) == sorted(names)
     assert source.carried_names()
     assert not any("visual" in name or "vision" in name for name in source.tensor_names())
+    loaded = AutoModelForCausalLM if type(whole.config) in MODEL_FOR_CAUSAL_LM_MAPPING else type(whole)
+    modules = dict(loaded.from_pretrained(tmp_path).named_modules())
+    for name, _ in text_model(source).model.named_modules(prefix="model"):
+        assert source.outer_module(name) in modules or name == "model"
+        assert source.graph_module(source.outer_module(name)) == name
+    assert source.outer_module("lm_head") == source.graph_module("lm_head") == "lm_head"
+    assert source.warnings() == []
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
@@ -151,6 +159,16 @@ def test_carried_tensors_and_companions_are_the_files_own(tmp_path: Path) -> Non
     assert source.fingerprint() != folder.fingerprint()
     assert source.config.dtype == torch.bfloat16
     assert source.tokenizer()("hi")["input_ids"] == folder.tokenizer()("hi")["input_ids"]
+
+
+def test_a_whole_that_cannot_be_built_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_model("gemma3").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    source = text_part(FolderSource(tmp_path))
+    source.whole.config.vision_config.hidden_act = "unheard of"
+    assert source.outer_module("model.layers.0") == "model.layers.0"
+    (warning,) = source.warnings()
+    assert "whole gemma3 cannot be built here" in warning
 
 
 def test_nf4_weights_of_the_decoder_are_used_as_they_are(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from fitune.adapters.outer_names import Rename, renamed_key, renamed_targets, under_graph_names
 from fitune.adapters.targets import target_names
 from fitune.atomic import new_folder
 from fitune.errors import InputError
@@ -50,10 +51,11 @@ def inject(
     return adapted
 
 
-def save_adapter(model: PeftModel, folder: Path, base: dict[str, str]) -> None:
+def save_adapter(model: PeftModel, folder: Path, base: dict[str, str], outer: Rename | None = None) -> None:
     """Writes the adapter as PEFT does (adapter_model.safetensors, adapter_config.json) plus `base.json`.
 
-    `base` says what the adapter belongs to (`reference`, `fingerprint`). The folder appears whole or not at all.
+    `base` says what the adapter belongs to (`reference`, `fingerprint`); `outer` gives modules the names that they
+    have in the model that others load (`ModelSource.outer_module`). The folder appears whole or not at all.
     """
     state = {
         name: value.detach().to(torch.float32).contiguous().clone()
@@ -62,6 +64,9 @@ def save_adapter(model: PeftModel, folder: Path, base: dict[str, str]) -> None:
     config = model.peft_config[ADAPTER].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config["inference_mode"] = True
+    if outer is not None:
+        state = {renamed_key(name, outer): value for name, value in state.items()}
+        config = renamed_targets(config, outer)
     text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: getattr(value, "value", str(value)))
     with new_folder(folder, replace=True) as beside:
         save_file(state, beside / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -81,9 +86,11 @@ def load_adapter(
     fingerprint: str,
     layer: LayerFactory | None = None,
     trainable: bool = False,
+    inner: Rename | None = None,
 ) -> PeftModel:
     """`model` with the adapter that lies in `folder`, ours or another program's.
 
+    `inner` gives modules back the names that they have in `model` (`ModelSource.graph_module`).
     Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base.
     """
     config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -97,8 +104,16 @@ def load_adapter(
             f"model given (fingerprint {fingerprint}); give the same model",
             where=folder,
         )
+    with under_graph_names(folder, inner) as place:
+        return _load(model, place, folder, layer, trainable)
+
+
+def _load(
+    model: PreTrainedModel, place: Path, folder: Path, layer: LayerFactory | None, trainable: bool
+) -> PeftModel:
+    """The adapter as it lies in `place`; problems are told of `folder`."""
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        config = LoraConfig.from_pretrained(str(place))
     except (ValueError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"adapter_config.json is not a LoRA adapter that PEFT reads: {error}", where=folder
@@ -108,10 +123,10 @@ def load_adapter(
     try:
         from safetensors import safe_open
 
-        with safe_open(weights, framework="pt") as handle:
+        with safe_open(place / "adapter_model.safetensors", framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
         adapted = PeftModel.from_pretrained(
-            model, str(folder), adapter_name=ADAPTER, config=config, is_trainable=trainable
+            model, str(place), adapter_name=ADAPTER, config=config, is_trainable=trainable
         )
     except Exception as error:
         raise InputError(f"the adapter does not fit this model: {error}", where=folder) from error

@@ -73,7 +73,7 @@ def read_adapter(
         if matched is None:
             problems.append(f"tensor {key} is no part of a LoRA pair on a weight matrix")
         else:
-            sides.setdefault(matched["module"], {})[matched["side"]] = tensor
+            sides.setdefault(source.graph_module(matched["module"]), {})[matched["side"]] = tensor
     modules = dict(graph.named_modules())
     pairs: dict[str, LoraPair] = {}
     for module, found in sides.items():

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fitune.adapters.outer_names import under_graph_names
 from fitune.errors import FituneError
 from fitune.export.adapter_delta import WEIGHTS
 from fitune.models.build import build_dense
@@ -88,8 +89,9 @@ def compare_with_adapter(
     compute = torch.float32 if is_small else source.config.dtype
     base = _build_base(source, compute)
     plain = _logits(base, prompts)
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
-    _check_adapter(model, adapter / WEIGHTS)
+    with under_graph_names(adapter, source.graph_module) as place:
+        model = PeftModel.from_pretrained(base, str(place)).eval()
+        _check_adapter(model, place / WEIGHTS)
     reference = _logits(model, prompts)
     peft_merged = model.merge_and_unload()
     _round_weights(peft_merged, source)

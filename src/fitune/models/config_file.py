@@ -38,7 +38,9 @@ _PLAIN_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "compression_config",
     "is_llama_config", "max_window_layers", "aux_loss_alpha", "seq_aux", "ep_size",
 }  # fmt: skip
-
+# Keys that ask for nothing at this value. Phi-4-mini's files have them beside `Phi3ForCausalLM`, which reads neither
+# (https://huggingface.co/microsoft/Phi-4-mini-instruct/blob/main/config.json).
+_WITHOUT_EFFECT = {"full_attn_mod": 1, "interpolate_factor": 1}
 
 # Names, with commas between, of keys that nobody understands and that are to be left out all the same.
 ACCEPTED_KEYS = "FITUNE_ACCEPTED_CONFIG_KEYS"
@@ -164,7 +166,11 @@ def _unknown_keys(written: dict[str, Any], config: PretrainedConfig) -> dict[str
     unknown = {
         name: value
         for name, value in written.items()
-        if name not in known and not name.startswith("_") and value is not None and value is not False
+        if name not in known
+        and not name.startswith("_")
+        and value is not None
+        and value is not False
+        and _WITHOUT_EFFECT.get(name) != value
     }
     # Not every key that is used is a field: older names are taken over, and models ask for keys that may be absent.
     code = _code_of(type(config)) if unknown else ""

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fitune.errors import InputError
+from fitune.models.answer_end import end_last_answer
 from fitune.models.checkpoint_files import (
     CODES,
     CheckpointTensors,
@@ -213,7 +214,19 @@ class FolderSource(ModelSource):
         problems, warnings = check_tokenizer(tokenizer, self.config.get_text_config().vocab_size)
         if problems:
             raise InputError(problems, where=self.folder)
+        added = end_last_answer(tokenizer, self._stop_ids())
+        if added is not None:
+            warnings.append(
+                f"the chat template does not end the last answer; {added}, on which the model stops, is added there"
+            )
         return tokenizer, warnings
+
+    def _stop_ids(self) -> list[int]:
+        """What configuration and generation configuration stop on."""
+        found: list[int] = []
+        for ends in (self.generation_config().eos_token_id, getattr(self.config, "eos_token_id", None)):
+            found += ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+        return found
 
     def _no_tokenizer(self) -> str:
         if not (self.folder / STORE_MANIFEST).is_file():

@@ -31,11 +31,12 @@ LEAST_EXPERT_SIDE = 16
 def build_graph(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `config` with parameters of `dtype` on the meta device and every buffer computed on the CPU.
 
+    `config` stays as it is: the model has a copy, into which transformers writes `dtype` and what else is chosen.
     Raises InputError for a configuration that transformers has no causal language model for.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as error:
         raise InputError(f"transformers has no causal language model for {config.model_type!r}: {error}") from error
     _compute_buffers(model)

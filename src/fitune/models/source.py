@@ -101,6 +101,14 @@ class ModelSource(ABC):
         """The name of a tensor in a checkpoint that goes with the files of `write_companions`."""
         return name
 
+    def outer_module(self, name: str) -> str:
+        """The name that a module of the graph has in the model that transformers loads from the whole checkpoint."""
+        return name
+
+    def graph_module(self, name: str) -> str:
+        """The way back from `outer_module`; a name of the graph's stays."""
+        return name
+
     def generation_eos_ids(self) -> list[int]:
         """Token ids on which generation stops, by the generation config, else config, else tokenizer."""
         for found in (

@@ -11,12 +11,14 @@ import copy
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -24,6 +26,7 @@ from transformers import (
 
 from fitune.errors import InputError
 from fitune.models.config_file import EQUIVALENT, text_type
+from fitune.models.graph import build_graph
 from fitune.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 # What checkpoints of multimodal models put before their decoder's names, and what stands there in a text model's.
 _PREFIXES = {"language_model.": "", "model.language_model.": "model.", "model.text_model.": "model."}
 _HEAD = "lm_head."
+# The decoder in a text model.
+_DECODER = "model"
 
 
 def text_part(source: ModelSource) -> ModelSource:
@@ -74,6 +79,32 @@ class TextPart(ModelSource):
     def written_name(self, name: str) -> str:
         return self._written.get(name, name)
 
+    def outer_module(self, name: str) -> str:
+        outer = self._outer_name
+        return outer + name[len(_DECODER) :] if outer is not None and name.startswith(f"{_DECODER}.") else name
+
+    def graph_module(self, name: str) -> str:
+        outer = self._outer_name
+        return _DECODER + name[len(outer) :] if outer is not None and name.startswith(f"{outer}.") else name
+
+    @cached_property
+    def _outer_name(self) -> str | None:
+        """The decoder's name in the whole model; None where that is not to be had."""
+        config = copy.deepcopy(self.whole.config)
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+        try:
+            with torch.device("meta"):
+                whole = kind.from_config(config, dtype=torch.bfloat16)
+        except Exception:  # towers may want packages or fields that the text decoder does not
+            return None
+        decoder = [
+            name for name, _ in build_graph(self.config, torch.bfloat16).get_submodule(_DECODER).named_modules()
+        ]
+        names = {name for name, _ in whole.named_modules()}
+        found = [name for name in names if names.issuperset(f"{name}.{part}" for part in decoder if part)]
+        return found[0] if len(found) == 1 else None
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.whole.shape(self.written_name(name))
 
@@ -93,7 +124,13 @@ class TextPart(ModelSource):
         return self.whole.tokenizer()
 
     def warnings(self) -> list[str]:
-        return self.whole.warnings()
+        if self._outer_name is not None:
+            return self.whole.warnings()
+        return [
+            *self.whole.warnings(),
+            f"transformers' whole {self.whole.config.model_type} cannot be built here: an adapter will name modules "
+            "as the text decoder alone does, and not be found by what loads the whole",
+        ]
 
     def generation_config(self) -> GenerationConfig:
         return self.whole.generation_config()

@@ -63,7 +63,9 @@ def build_for_answers(
     else:
         graph = build_dense(source, dtype, trainable=False)
     graph.name_or_path = source.reference
-    adapted = None if adapter is None else load_adapter(graph, adapter, source.fingerprint(), fused_lora_layer)
+    adapted = None
+    if adapter is not None:
+        adapted = load_adapter(graph, adapter, source.fingerprint(), fused_lora_layer, inner=source.graph_module)
     model = prepare(graph, adapted, dtype, backend)
     graph.eval()
     return model

@@ -197,7 +197,7 @@ def train_run(
             board.close()
         base = {"reference": prepared.source.reference, "fingerprint": prepared.source.fingerprint()}
         if model.adapted is not None:
-            save_adapter(model.adapted, folder.adapter, base)
+            save_adapter(model.adapted, folder.adapter, base, prepared.source.outer_module)
             digest = adapter_digest(model.adapted)
         else:
             digest = save_weights(model, prepared.source, folder.weights)
