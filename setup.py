@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,14 +23,28 @@ COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-tr
 # bits); attention's products may contract a multiplication and an addition into one.
 EXACT, CONTRACT = ["-ffp-contract=off"], ["-ffp-contract=fast"]
 # One object per instruction set, compiled with its own flags and nothing more (a machine may lack the rest).
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 SETS = {
     "x86_64": {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-                   "-mprefer-vector-width=512"],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": AVX512_BF16,
+        "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
     "aarch64": {"neon": []},
-}  # fmt: skip
+}
+# Sets that older compilers do not know (GCC before 10 and 11): left out where that is so.
+YOUNG = ("avx512_bf16", "amx")
+
+
+def understands(compiler: list[str], flags: list[str], build: Path) -> bool:
+    """Whether the compiler takes these flags."""
+    probe = build / "probe.cpp"
+    probe.write_text("int probe() { return 0; }\n")
+    command = [*compiler, *flags, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class BuildKernels(build_ext):
@@ -50,19 +65,29 @@ class BuildKernels(build_ext):
         compiler = os.environ.get("CXX", "c++").split()
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        units = {"dispatch": [], "kernels_scalar": EXACT, "attention_scalar": CONTRACT}
+        extra = os.environ.get("FITUNE_CXXFLAGS", "").split()
         machine = "aarch64" if platform.machine() == "arm64" else platform.machine()
-        for name, flags in SETS.get(machine, {}).items():
+        sets = dict(SETS.get(machine, {}))
+        for name in YOUNG:
+            if name in sets and not understands(compiler, sets[name], build):
+                print(f"fitune: this compiler does not know {name}; its kernels are left out", file=sys.stderr)
+                del sets[name]
+        known = [f"-DFITUNE_HAS_{name.upper()}" for name in YOUNG if name in sets]
+        units = {"dispatch": known, "kernels_scalar": EXACT, "attention_scalar": CONTRACT}
+        for name, flags in sets.items():
             units[f"kernels_{name}"] = [*flags, *EXACT]
             units[f"attention_{name}"] = [*flags, *CONTRACT]
-        extra = os.environ.get("FITUNE_CXXFLAGS", "").split()
-        objects = []
-        for unit, flags in units.items():
-            objects.append(str(build / f"{unit}.o"))
-            subprocess.run(
-                [*compiler, *COMPILE, *flags, *extra, "-c", str(HERE / "csrc" / f"{unit}.cpp"), "-o", objects[-1]],
-                check=True,
-            )
+            if name in YOUNG:  # those that have dot products of bfloat16
+                units[f"product_{name}"] = [*flags, *EXACT]
+
+        def compile_unit(unit: str) -> str:
+            made = str(build / f"{unit}.o")
+            source = str(HERE / "csrc" / f"{unit}.cpp")
+            subprocess.run([*compiler, *COMPILE, *units[unit], *extra, "-c", source, "-o", made], check=True)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, units))
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_suffix(f".{os.getpid()}.tmp")
         subprocess.run([*compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(beside)], check=True)

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { FITUNE_ABI = 3 };
+enum { FITUNE_ABI = 4 };
 enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
 enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
 
@@ -42,6 +42,53 @@ typedef struct FituneDocument {
       int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale, float cap, \
       const void *out, const void *grad_out, const float *lse, void *grad_q, void *grad_k, void *grad_v,   \
       int64_t split, float *workspace, int threads
+
+/* A frozen matrix W [n, k] with, where r > 0, an adapter: W + B A, A [r, k], B [n, r] with its scaling in it.
+ * `weight` is bfloat16 [n, k], or where absmax_codes is given NF4 codes with double-quantised scales.
+ * Forward: y [m, n] = x W^T + bias + u B^T with u [m, r] = x A^T, both written.
+ * Backward: y is the gradient g [m, n], which is read, and u receives v [m, r] = g B. */
+typedef struct FituneSegment {
+  const void *weight;
+  const uint8_t *absmax_codes;
+  const float *nested_absmax;
+  double offset;
+  const uint16_t *bias, *a, *b; /* bias [n] or null */
+  int64_t n, r;
+  uint16_t *y;
+  int64_t y_stride;
+  uint16_t *u;
+} FituneSegment;
+
+/* One gradient of an adapter: out = scale * p^T q [r, c] (+ out), or its transpose [c, r].
+ * p [m, r] and q [m, c] are bfloat16 with row strides. */
+typedef struct FituneAdapterGradient {
+  const uint16_t *p, *q;
+  int64_t p_stride, q_stride, r, c;
+  double scale;
+  float *out;
+  int64_t transposed, accumulate;
+} FituneAdapterGradient;
+
+/* Products of bfloat16 with float32 sums. At most 16 segments a call. `table` is the one of nf4_dequantise.
+ * Workspaces are of the size that the function before says, at any alignment. */
+typedef struct FituneProducts {
+  int64_t (*workspace_bytes)(const FituneSegment *segments, int64_t count, int64_t m, int64_t k, int backward,
+                             int threads);
+
+  /* All segments share x [m, k]. */
+  void (*forward)(const uint16_t *x, int64_t x_stride, int64_t m, int64_t k, const FituneSegment *segments,
+                  int64_t count, const float *table, void *workspace, int threads);
+
+  /* grad_x [m, k], float32 or bfloat16 = the sum over segments of g W + v A (+ grad_x). */
+  void (*backward)(int64_t m, int64_t k, const FituneSegment *segments, int64_t count, const float *table,
+                   void *grad_x, int64_t grad_x_stride, int kind, int accumulate, void *workspace, int threads);
+
+  int64_t (*gradient_workspace_bytes)(const FituneAdapterGradient *gradients, int64_t count, int64_t m, int threads);
+
+  /* At most 32 a call; neighbours with the same q are done together. */
+  void (*adapter_gradients)(const FituneAdapterGradient *gradients, int64_t count, int64_t m, void *workspace,
+                            int threads);
+} FituneProducts;
 
 typedef struct FituneKernels {
   const char *instruction_set;
@@ -94,6 +141,9 @@ typedef struct FituneKernels {
    * queries that share a key head over so many tasks. workspace: threads * fitune_attention_floats(tokens, d, 1)
    * + 2 * rows * kv_heads * split * tokens * roundup(d, 32) float32. */
   void (*attention_backward)(FITUNE_ATTENTION_BACKWARD_ARGUMENTS);
+
+  /* Null where the instruction set has no dot products of bfloat16. */
+  const FituneProducts *products;
 } FituneKernels;
 
 int fitune_abi(void);

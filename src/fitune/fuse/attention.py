@@ -93,18 +93,27 @@ def _attention_of(backend: str) -> Any:
                 backend,
             )
             return out[..., :narrow], None
-        if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
-            raise FituneError("a sliding window needs a mask or documents")
-        if softcap:
-            return _capped(query, key, value, attention_mask, scale, softcap), None
-        causal = attention_mask is None and query.shape[2] > 1
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
-        return out.transpose(1, 2).contiguous(), None
+        return masked_attention(query, key, value, attention_mask, scale, sliding_window or 0, softcap or 0.0), None
 
     return document_attention
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int, cap: float
+) -> Tensor:  # fmt: skip
+    """Attention as transformers itself asks for it, query [B, H, T, D], key and value [B, K, S, D] -> [B, T, H, D].
+
+    mask [B, 1, T, S] (None: causal, which for one query is everything); window and cap 0: none.
+    """
+    if mask is None and window and key.shape[2] > window:
+        raise FituneError("a sliding window needs a mask or documents")
+    if cap:
+        return _capped(query, key, value, mask, scale, cap)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
 
 
 def _capped(

@@ -5,12 +5,15 @@ Forward and every gradient without autograd; the decoder layer that is one autog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fitune.fuse.lora_product import LoraProduct
+from fitune.fuse.attention import masked_attention
+from fitune.fuse.lora_product import Factors, SharedProduct
 from fitune.fuse.norm import FusedNorm
 from fitune.kernels import contract
 
@@ -31,6 +34,24 @@ class LayerCall:
     rows: int
     tokens: int
     documents: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+@dataclass(frozen=True)
+class CachedCall:
+    """A pass of new tokens after those in a key-value cache.
+
+    Attributes:
+        rows, tokens, cos, sin: as of a `LayerCall`.
+        cache: transformers' cache, or one with the same `update`.
+        mask: [B, 1, T, S] of what each new token attends to; None: as `masked_attention` says.
+    """
+
+    rows: int
+    tokens: int
+    cache: Any
+    mask: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
 
@@ -62,70 +83,82 @@ class AttentionPart:
     """
 
     def __init__(self, module: nn.Module, form: AttentionForm, backend: str) -> None:
+        self.module = module
         self.form = form
         self.backend = backend
         self.linears = [getattr(module, name) for name in PROJECTIONS]
         self.norms = tuple(getattr(module, name, None) for name in ("q_norm", "k_norm"))
 
-    def forward(self, x: Tensor, call: LayerCall, products: list[LoraProduct]) -> tuple[Tensor, Saved]:
+    def products(
+        self, bases: Sequence[tuple[nn.Linear, float]], factors: Factors, dtype: torch.dtype
+    ) -> list[SharedProduct]:
+        """Queries, keys and values in one, and the output, for (base, scaling) of each and its A and B in turn."""
+        return [
+            SharedProduct.of(bases[:3], factors[:6], dtype, self.backend),
+            SharedProduct.of(bases[3:], factors[6:], dtype, self.backend),
+        ]
+
+    def forward(self, x: Tensor, call: LayerCall, products: Sequence[SharedProduct]) -> tuple[Tensor, Saved]:
         """x [M, C] -> [M, C], and what `backward` needs."""
-        heads: Saved = []
-        factors: Saved = []
-        normed: Saved = []
-        for index, product in enumerate(products[:3]):
-            flat, u = product.forward(x)
-            factors.append(u)
-            if index == 2:
-                heads.append(self._split(flat))
-                continue
-            head, extra = self._placed(flat, index, call)
-            heads.append(head)
-            normed += extra
-        q, k, v = (head.view(call.rows, call.tokens, *head.shape[1:]) for head in heads)
+        inputs, output = products
+        (queries, keys, values), us = inputs.forward(x)
+        q, *for_q = self._placed(queries, 0, call)
+        k, *for_k = self._placed(keys, 1, call)
+        q, k, v = (head.view(call.rows, call.tokens, *head.shape[1:]) for head in (q, k, self._split(values)))
         form = self.form
         out, lse = contract.attention(q, k, v, call.documents, form.window, form.scale, form.cap, self.backend)
-        y, u = products[3].forward(out.view(x.shape[0], -1))
-        return y, [q, k, v, out, lse, *factors, u, *normed]
+        (y,), output_us = output.forward(out.view(x.shape[0], -1))
+        return y, [q, k, v, out, lse, *us, *output_us, *for_q, *for_k]
+
+    def forward_cached(
+        self, x: Tensor, call: CachedCall, products: Sequence[SharedProduct]
+    ) -> Tensor:  # fmt: skip
+        """x [M, C] of new tokens -> [M, C], attending to those in the cache, which takes up the new ones too."""
+        inputs, output = products
+        (queries, keys, values), _ = inputs.forward(x)
+        heads = self._placed(queries, 0, call)[0], self._placed(keys, 1, call)[0], self._split(values)
+        q, k, v = (head.view(call.rows, call.tokens, *head.shape[1:]).transpose(1, 2) for head in heads)
+        k, v = call.cache.update(k, v, self.module.layer_idx)
+        form = self.form
+        out = masked_attention(q, k, v, call.mask, form.scale, form.window, form.cap)
+        return output.forward(out.view(x.shape[0], -1))[0][0]
 
     def backward(
-        self, grad: Tensor, x: Tensor, call: LayerCall, products: list[LoraProduct], saved: Saved
+        self, grad: Tensor, x: Tensor, call: LayerCall, products: Sequence[SharedProduct], saved: Saved
     ) -> tuple[Tensor, Saved]:
-        """grad [M, C] of the output, x [M, C] -> grad of x, and of A and B of each product."""
-        q, k, v, out, lse, u_q, u_k, u_v, u_o, *normed = saved
-        output = products[3]
-        grad_out, v_o = output.grad_input(grad)
-        output_grads = output.grad_adapter(grad, out.view(x.shape[0], -1), u_o, v_o)
+        """grad [M, C] of the output, x [M, C] -> grad of x, and of A and B of each projection."""
+        inputs, output = products
+        q, k, v, out, lse = saved[:5]
+        us, output_us, for_q, for_k = saved[5:8], saved[8:9], saved[9:11], saved[11:13]
+        grad_out, output_vs = output.grad_input([grad])
+        output_grads = output.grad_adapters([grad], out.view(x.shape[0], -1), output_us, output_vs)
         form = self.form
-        grads = contract.attention_backward(
-            grad_out.view(out.shape), q, k, v, out, lse, call.documents, form.window, form.scale, form.cap,
-            self.backend,
+        grad_q, grad_k, grad_v = (
+            heads.reshape(x.shape[0], -1)
+            for heads in contract.attention_backward(
+                grad_out.view(out.shape), q, k, v, out, lse, call.documents, form.window, form.scale, form.cap,
+                self.backend,
+            )
         )  # fmt: skip
-        grad_x: Tensor | None = None
-        factor_grads: Saved = []
-        for index, (product, grad_heads, u) in enumerate(zip(products[:3], grads, (u_q, u_k, u_v), strict=True)):
-            grad_flat = grad_heads.reshape(x.shape[0], -1)
-            if index < 2:
-                grad_flat = self._taken_back(grad_flat, index, call, normed[2 * index : 2 * index + 2])
-            grad_x, v_part = product.grad_input(grad_flat, into=grad_x)
-            factor_grads += product.grad_adapter(grad_flat, x, u, v_part)
-        assert grad_x is not None
-        return grad_x, [*factor_grads, *output_grads]
+        grads = [self._taken_back(grad_q, 0, call, for_q), self._taken_back(grad_k, 1, call, for_k), grad_v]
+        grad_x, vs = inputs.grad_input(grads)
+        return grad_x, [*inputs.grad_adapters(grads, x, us, vs), *output_grads]
 
     def _split(self, flat: Tensor) -> Tensor:
         return flat.view(flat.shape[0], -1, self.form.head_dim)
 
-    def _placed(self, flat: Tensor, index: int, call: LayerCall) -> tuple[Tensor, Saved]:
+    def _placed(self, flat: Tensor, index: int, call: LayerCall | CachedCall) -> Saved:
         """Queries or keys [M, H * D] -> [M, H, D] normed and turned, and what their norm's gradient needs."""
         heads = self._split(flat)
         norm = self.norms[index]
         if norm is None:
-            return self._turned(heads, call), [None, None]
+            return [self._turned(heads, call), None, None]
         if self.form.turned_first:
             heads = self._turned(heads, call)
         raw = self._of_norm(heads, norm)
         heads, rstd = contract.rms_norm(raw, norm.weight, norm.eps, norm.shift, self.backend)
         heads = heads.view(flat.shape[0], -1, self.form.head_dim)
-        return (heads if self.form.turned_first else self._turned(heads, call)), [raw, rstd]
+        return [heads if self.form.turned_first else self._turned(heads, call), raw, rstd]
 
     def _taken_back(self, grad: Tensor, index: int, call: LayerCall, saved: Saved) -> Tensor:
         """The gradient of `_placed`, [M, H * D] both."""
@@ -144,7 +177,7 @@ class AttentionPart:
         """Heads as a norm of their width takes them: each by itself, or all of a token together."""
         return heads if norm.weight.shape[0] == self.form.head_dim else heads.reshape(heads.shape[0], -1)
 
-    def _turned(self, heads: Tensor, call: LayerCall, inverse: bool = False) -> Tensor:
+    def _turned(self, heads: Tensor, call: LayerCall | CachedCall, inverse: bool = False) -> Tensor:
         if not self.form.rotary or call.cos is None or call.sin is None:
             return heads
         return contract.rotate(heads, call.cos, call.sin, inverse, self.backend)

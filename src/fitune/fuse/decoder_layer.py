@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.fuse.attention_part import AttentionForm, AttentionPart, LayerCall, Saved
+from fitune.fuse.attention_part import AttentionForm, AttentionPart, CachedCall, LayerCall, Saved
 from fitune.fuse.gated_mlp import FusedGatedMLP, GatedMLPPart
 from fitune.fuse.lora_linear import covered_all
-from fitune.fuse.lora_product import products_of
+from fitune.fuse.lora_product import Factors, SharedProduct
 from fitune.fuse.norm import FusedNorm
 from fitune.kernels import contract
 
 # Arguments of a layer that may have any value here: they say what its other arguments already do.
-_IDLE = {"position_ids", "cache_position", "use_cache", "position_embeddings", "documents"}
+_IDLE = {"position_ids", "cache_position", "use_cache", "position_embeddings"}
+# Those that a pass after a key-value cache has.
+_CACHED = {"past_key_values", "attention_mask"}
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,47 @@ class FusedLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, T, C] -> [B, T, C]."""
-        documents = kwargs.get("documents")
-        unknown = args or any(value is not None for name, value in kwargs.items() if name not in _IDLE)
-        parts = None if unknown or documents is None else covered_all(self.linears)
+        given = {name for name, value in kwargs.items() if value is not None} - _IDLE
+        cached = "past_key_values" in given <= _CACHED and self.continues and not torch.is_grad_enabled()
+        parts = covered_all(self.linears) if not args and (cached or given == {"documents"}) else None
         if parts is None:
             return self.original(hidden_states, *args, **kwargs)
         rows, tokens, width = hidden_states.shape
         turning = kwargs.get("position_embeddings")
         cos, sin = (None, None) if turning is None else self.positions.of(turning, rows, tokens)
         bases, factors = parts
-        call = LayerCall(rows, tokens, documents, cos, sin)
-        flat: Tensor = _Layer.apply(hidden_states.reshape(-1, width), self, call, bases, *factors)
-        return flat.view(rows, tokens, width)
+        flat = hidden_states.reshape(-1, width)
+        if not cached:
+            call = LayerCall(rows, tokens, kwargs["documents"], cos, sin)
+            out: Tensor = _Layer.apply(flat, self, call, bases, *factors)
+        else:
+            after = CachedCall(rows, tokens, kwargs["past_key_values"], kwargs.get("attention_mask"), cos, sin)
+            out = self._continued(flat, after, bases, factors)
+        return out.view(rows, tokens, width)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the layer knows its place in a key-value cache."""
+        return isinstance(getattr(self.attention.module, "layer_idx", None), int)
+
+    def _continued(
+        self, x: Tensor, call: CachedCall, bases: Sequence[tuple[nn.Linear, float]], factors: Factors
+    ) -> Tensor:
+        """x [M, C] of new tokens -> [M, C]; no gradients."""
+        attending, feeding = self.products(bases, factors, x.dtype)
+        _, half = _half(self, 0, x, lambda inner: (self.attention.forward_cached(inner, call, attending), []))
+        _, out = _half(self, 2, half, lambda inner: self.mlp.forward(inner, feeding))
+        return out
+
+    def products(
+        self, bases: Sequence[tuple[nn.Linear, float]], factors: Factors, dtype: torch.dtype
+    ) -> tuple[list[SharedProduct], list[SharedProduct]]:
+        """Those of the attention and of the MLP."""
+        count = len(self.attention.linears)
+        return (
+            self.attention.products(bases[:count], factors[: 2 * count], dtype),
+            self.mlp.products(bases[count:], factors[2 * count :], dtype),
+        )
 
     def norm(self, x: Tensor, place: int) -> tuple[Tensor, Tensor | None]:
         """x through the norm at this place of the form, and its inverse root mean squares."""
@@ -116,27 +147,25 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: Tensor, layer: FusedLayer, call: LayerCall, bases: Sequence[tuple[nn.Linear, float]],
         *factors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        products = products_of(bases, factors, x.dtype)
-        count = len(layer.attention.linears)
-        first, half = _half(layer, 0, x, lambda inner: layer.attention.forward(inner, call, products[:count]))
-        second, out = _half(layer, 2, half, lambda inner: layer.mlp.forward(inner, products[count:]))
-        ctx.layer, ctx.call, ctx.products, ctx.saved_by_first = layer, call, products, len(first)
+        attending, feeding = layer.products(bases, factors, x.dtype)
+        first, half = _half(layer, 0, x, lambda inner: layer.attention.forward(inner, call, attending))
+        second, out = _half(layer, 2, half, lambda inner: layer.mlp.forward(inner, feeding))
+        ctx.layer, ctx.call, ctx.products, ctx.saved_by_first = layer, call, (attending, feeding), len(first)
         ctx.save_for_backward(x, half, *first, *second)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, call, products = ctx.layer, ctx.call, ctx.products
+        layer, call, (attending, feeding) = ctx.layer, ctx.call, ctx.products
         x, half, *saved = ctx.saved_tensors
         first, second = saved[: ctx.saved_by_first], saved[ctx.saved_by_first :]
-        count = len(layer.attention.linears)
         grad, mlp_grads = _half_backward(
             layer, 2, grad, half, second,
-            lambda g, inner, kept: layer.mlp.backward(g, inner, products[count:], kept),
+            lambda g, inner, kept: layer.mlp.backward(g, inner, feeding, kept),
         )  # fmt: skip
         grad, attention_grads = _half_backward(
             layer, 0, grad, x, first,
-            lambda g, inner, kept: layer.attention.backward(g, inner, call, products[:count], kept),
+            lambda g, inner, kept: layer.attention.backward(g, inner, call, attending, kept),
         )  # fmt: skip
         return grad, None, None, None, *attention_grads, *mlp_grads
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.fuse.lora_linear import covered, covered_all
-from fitune.fuse.lora_product import LoraProduct, products_of
+from fitune.fuse.lora_product import Factors, SharedProduct
 from fitune.kernels import contract
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -58,38 +58,45 @@ def fused_mlp_candidates(module: nn.Module, backend: str) -> list[FusedGatedMLP]
 
 
 class GatedMLPPart:
-    """The arithmetic of a gated MLP, whose projections it uses and does not own."""
+    """The arithmetic of a gated MLP, whose projections it uses and does not own.
+
+    Attributes:
+        linears: the projections gate, up and down.
+    """
 
     def __init__(self, module: nn.Module, activation: str, backend: str) -> None:
         self.linears = [getattr(module, name) for name in PARTS]
         self.activation = activation
         self.backend = backend
 
-    def forward(self, x: Tensor, products: list[LoraProduct]) -> tuple[Tensor, list[Tensor | None]]:
+    def products(
+        self, bases: Sequence[tuple[nn.Linear, float]], factors: Factors, dtype: torch.dtype
+    ) -> list[SharedProduct]:
+        """Gate and up in one, and down, for (base, scaling) of each projection and its A and B in turn."""
+        return [
+            SharedProduct.of(bases[:2], factors[:4], dtype, self.backend),
+            SharedProduct.of(bases[2:], factors[4:], dtype, self.backend),
+        ]
+
+    def forward(self, x: Tensor, products: Sequence[SharedProduct]) -> tuple[Tensor, list[Tensor]]:
         """x [M, C] -> [M, C], and what `backward` needs."""
-        gate, up, down = products
-        gated, gate_u = gate.forward(x)
-        upped, up_u = up.forward(x)
+        branches, down = products
+        (gated, upped), us = branches.forward(x)
         inner = contract.gated_activation(gated, upped, self.activation, self.backend)
-        out, down_u = down.forward(inner)
-        return out, [gated, upped, gate_u, up_u, down_u]
+        (out,), down_us = down.forward(inner)
+        return out, [gated, upped, *us, *down_us]
 
     def backward(
-        self, grad: Tensor, x: Tensor, products: list[LoraProduct], saved: list[Tensor | None]
+        self, grad: Tensor, x: Tensor, products: Sequence[SharedProduct], saved: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """grad [M, C] of the output, x [M, C] -> grad of x, and of A and B of each product."""
-        gated, upped, gate_u, up_u, down_u = saved
-        gate, up, down = products
-        grad_inner, down_v = down.grad_input(grad)
-        grad_gated, grad_upped, inner = contract.gated_activation_backward(
-            grad_inner, gated, upped, self.activation, self.backend
-        )
-        down_grads = down.grad_adapter(grad, inner, down_u, down_v)
-        grad_x, gate_v = gate.grad_input(grad_gated)
-        gate_grads = gate.grad_adapter(grad_gated, x, gate_u, gate_v)
-        grad_x, up_v = up.grad_input(grad_upped, into=grad_x)
-        up_grads = up.grad_adapter(grad_upped, x, up_u, up_v)
-        return grad_x, [*gate_grads, *up_grads, *down_grads]
+        """grad [M, C] of the output, x [M, C] -> grad of x, and of A and B of each projection."""
+        gated, upped, *us = saved
+        branches, down = products
+        grad_inner, down_vs = down.grad_input([grad])
+        *grads, inner = contract.gated_activation_backward(grad_inner, gated, upped, self.activation, self.backend)
+        down_grads = down.grad_adapters([grad], inner, us[2:], down_vs)
+        grad_x, vs = branches.grad_input(grads)
+        return grad_x, [*branches.grad_adapters(grads, x, us[:2], vs), *down_grads]
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -97,7 +104,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, part: GatedMLPPart, bases: Sequence[tuple[nn.Linear, float]], *factors: Tensor | None
     ) -> Tensor:
-        ctx.part, ctx.products = part, products_of(bases, factors, x.dtype)
+        ctx.part, ctx.products = part, part.products(bases, factors, x.dtype)
         out, saved = part.forward(x, ctx.products)
         ctx.save_for_backward(x, *saved)
         return out

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fitune.kernels import contract
 
-# Rows whose logits exist at one time: 128 x 152k x 2 bytes is 39 MB for the largest vocabularies, and enough rows
-# to keep a matrix product at full speed.
-CHUNK_TOKENS = 128
+# Logits that exist at one time: as many rows as fit in here, but enough to keep a matrix product at full speed, and
+# no more than it gains from (the head's weight is read once for every chunk).
+CHUNK_BYTES = 32 << 20
+FEWEST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 128, 512
 # A last chunk is filled up with zeros to a multiple of this: the CPU library compiles each new shape of product, and
 # keeps it for good (docs/log.md).
 CHUNK_STEP = 32
@@ -52,6 +53,12 @@ def token_logprobs(
         bias = None if bias is None else bias * form.scale
     out: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, backend, form.cap)
     return out
+
+
+def chunk_tokens(vocabulary: int, itemsize: int) -> int:
+    """How many rows go through the head at a time."""
+    fitting = CHUNK_BYTES // (vocabulary * itemsize) // CHUNK_STEP * CHUNK_STEP
+    return min(max(fitting, FEWEST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,8 +97,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         wanted = ctx.needs_input_grad[0] and frozen
         slope = torch.empty_like(hidden) if wanted else None
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        size = chunk_tokens(matrix.shape[0], matrix.element_size())
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
             products = _products(hidden[rows], matrix, offset)
             logprob[rows] = _score(products, targets[rows], wanted, backend, cap)
             if slope is not None:
@@ -116,8 +124,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        size = chunk_tokens(matrix.shape[0], matrix.element_size())
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
             slopes = _products(hidden[rows], matrix, offset)
             _score(slopes, targets[rows], True, ctx.backend, ctx.cap)
             slopes *= grad_logprob[rows].unsqueeze(1).to(slopes.dtype)

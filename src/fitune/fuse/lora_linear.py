@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from fitune.fuse.lora_product import LoraProduct
+from fitune.fuse.lora_product import SharedProduct
 from fitune.models.graph import is_plain_linear
 from fitune.quant.linear import QuantisedLinear
 
@@ -90,16 +90,17 @@ def covered_all(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        product = LoraProduct.of(base, a, b, scaling, x.dtype)
-        y, u = product.forward(x)
+        backend = base.backend if isinstance(base, QuantisedLinear) else "reference"
+        product = SharedProduct.of([(base, scaling)], [a, b], x.dtype, backend)
+        (y,), (u,) = product.forward(x)
         ctx.product = product
         ctx.save_for_backward(x, u)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, u = ctx.saved_tensors
-        product: LoraProduct = ctx.product
-        grad_x, v = product.grad_input(grad_out)
-        grad_a, grad_b = product.grad_adapter(grad_out, x, u, v)
+        product: SharedProduct = ctx.product
+        grad_x, vs = product.grad_input([grad_out])
+        grad_a, grad_b = product.grad_adapters([grad_out], x, [u], vs)
         return grad_x, None, grad_a, grad_b, None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -275,9 +275,11 @@ def attention_backward(
     arguments, _alive = _heads(q, k, v, documents, window, scale, cap)
     grad_out = grad_out.contiguous()
     threads = torch.get_num_threads()
-    # Key heads are the natural tasks; where they do not keep the threads evenly busy, query heads are.
+    # Key heads are the natural tasks; where they do not keep the threads evenly busy, query heads are. Kernels with
+    # dot products of bfloat16 divide the work themselves.
     even = rows * kv_heads % threads == 0 or rows * kv_heads >= 4 * threads
-    split = 1 if even else heads // kv_heads
+    divides = q.dtype == torch.bfloat16 and status().instruction_set in ("amx", "avx512_bf16")
+    split = 1 if even or divides else heads // kv_heads
     grad_q = torch.empty(rows, tokens, heads, width, dtype=q.dtype)
     grad_k, grad_v = (torch.empty(rows, tokens, kv_heads, width, dtype=q.dtype) for _ in range(2))
     floats = threads * _load()[2].fitune_attention_floats(tokens, width, 1)

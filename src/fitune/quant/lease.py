@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fitune.quant.linear import QuantisedLinear
+    from fitune.quant.nf4 import NF4Weight
 
 
 class Lease(Protocol):
@@ -27,6 +28,9 @@ class Lease(Protocol):
     def release(self, linear: QuantisedLinear) -> None:
         """The weight is not needed for now."""
 
+    def acquire_stored(self, linear: QuantisedLinear) -> NF4Weight | None:
+        """The weight as it is stored, for products that decode on the way; None: take the dense one. `release` it."""
+
 
 class DecodedAtUse:
     """The NF4 weight stays where it is (resident or mapped) and is decoded anew at every use."""
@@ -36,6 +40,9 @@ class DecodedAtUse:
 
     def release(self, linear: QuantisedLinear) -> None:
         pass
+
+    def acquire_stored(self, linear: QuantisedLinear) -> NF4Weight | None:
+        return linear.nf4()
 
 
 class DecodedOnce:
@@ -55,6 +62,9 @@ class DecodedOnce:
 
     def release(self, linear: QuantisedLinear) -> None:
         pass
+
+    def acquire_stored(self, linear: QuantisedLinear) -> NF4Weight | None:
+        return None
 
 
 @contextmanager
