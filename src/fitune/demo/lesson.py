@@ -32,7 +32,7 @@ from fitune.train.run_folder import RunFolder
 # Longer than any gold query (50 tokens on the demo database).
 MAX_ANSWER_TOKENS = 64
 # Rows generated at a time: more would be quicker, and would take the evaluation over 2 GB beside the training.
-ANSWER_BATCH = 16
+ANSWER_BATCH = 32
 SCORE = "execution_accuracy"
 SETS = ("values", "phrasings")
 
