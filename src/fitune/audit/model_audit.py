@@ -302,7 +302,11 @@ def _write_model(config: PretrainedConfig, folder: Path) -> FolderSource:
             noise = torch.randn(parameter.shape, generator=generator)
             # Matrices so large that no branch is dead; scores and logits that reach the bend of a soft cap.
             bends = (head is not None and parameter is head.weight) or re.search(r"\b(q|k|qkv|query|key)_", name)
-            size = 1.8 if bends else 1.0
+            # What steers a linear attention's recurrence: at full size it amplifies rounding past the gate.
+            if re.search(r"\bin_proj_(qkv|z|ba?|a)", name):
+                size = 0.3 if re.search(r"\bin_proj_(qkv|z)", name) else 0.1
+            else:
+                size = 1.8 if bends else 1.0
             scale = 0.1 if parameter.dim() < 2 else size * parameter.shape[-1] ** -0.5
             parameter.add_(scale * noise)
     model.to(torch.bfloat16).save_pretrained(folder)
