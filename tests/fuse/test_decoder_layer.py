@@ -11,6 +11,7 @@ from fitune.data.collation import collate
 from fitune.fuse import replace_layers
 from fitune.fuse.attention_part import AttentionForm, AttentionPart
 from fitune.fuse.decoder_layer import FusedLayer
+from fitune.kernels import contract
 from tiny_models import FAMILIES, adapted, distance, lora_gradients, model_of, random_samples
 
 
@@ -101,3 +102,22 @@ def test_what_the_layer_does_not_cover_goes_the_original_way() -> None:
         base, _ = model.logprobs(batch)
     assert not any(name.startswith("_Layer") for name in names_of_nodes(base))
     assert not torch.equal(base, model.logprobs(batch)[0])
+
+
+@pytest.mark.parametrize("wrong", ["leak", "window"])
+def test_a_mixture_whose_documents_are_not_apart_is_not_packed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts change on a rounding, so the proof looks at the usual token; a wrong mask must still be seen."""
+    family = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model, _ = adapted(model_of("mixtral", **family), torch.bfloat16)
+    assert "attention" in model.report.replaced
+    attend = contract.attention
+
+    def changed(q: Any, k: Any, v: Any, documents: torch.Tensor, window: int, *rest: Any) -> Any:
+        if wrong == "window":
+            return attend(q, k, v, documents, 8, *rest)
+        whole = torch.tensor([[0, 0, q.shape[1], 0, 0]], dtype=torch.int32)
+        return attend(q, k, v, whole, window, *rest)
+
+    monkeypatch.setattr(contract, "attention", changed)
+    model, _ = adapted(model_of("mixtral", **family), torch.bfloat16)
+    assert "attention" not in model.report.replaced

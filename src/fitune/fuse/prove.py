@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 TOKENS = 24
 # float32 against float32: orders of summation differ, formulas do not (a wrong epsilon shows at 1e-3 and more).
@@ -62,9 +63,18 @@ def _run(module: nn.Module, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list
     inputs = x.to(dtype).requires_grad_(True)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        out = module(inputs)
+        out = functional_call(module, _widened(module, dtype), (inputs,))
         gradients = torch.autograd.grad(out, [inputs, *trainable], grad.to(out.dtype))
     return [out.detach().float(), *(gradient.float() for gradient in gradients)]
+
+
+def _widened(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """16-bit frozen weights in float32, where that is what is computed in: torch's own layers do not mix the two."""
+    if dtype != torch.float32:
+        return {}
+    narrow = (torch.bfloat16, torch.float16)
+    frozen = ((name, p) for name, p in module.named_parameters() if not p.requires_grad and p.dtype in narrow)
+    return {name: p.detach().to(dtype) for name, p in frozen}
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

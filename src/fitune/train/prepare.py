@@ -17,6 +17,7 @@ from fitune.models.graph import head_name
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress
 from fitune.plan.computation import Computation
+from fitune.process_memory import give_back_free_memory
 
 
 def build_for_training(
@@ -50,6 +51,7 @@ def build_for_training(
             )
         graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     graph.train()
+    give_back_free_memory()  # of making the store and of the proofs
     return model
 
 
