@@ -36,9 +36,7 @@ class Int8Group(Group):
         table = nf4.DYNAMIC_MAP
         self.scales = [int8_products.int8_row_scales(*part, table, "native") for part in parts]
         self.outliers = torch.arange(OUTLIERS, dtype=torch.int32) * (depth // OUTLIERS)
-        self.columns = [
-            int8_products.int8_outlier_columns(*part, self.outliers, table, "native") for part in parts
-        ]
+        self.columns = [int8_products.int8_outlier_columns(*part, self.outliers, table, "native") for part in parts]
 
     def integer_calls(self, direction: str) -> dict[str, Callable[[], object]]:
         """Of each variant its product in this direction."""
@@ -46,7 +44,15 @@ class Int8Group(Group):
         if direction == "backward":
             return {
                 name: lambda block=block: int8_products.int8_product_backward(
-                    self.grads, self.frozen, self.offsets, self.scales, self.depth, self.factors, table, block, "native"
+                    self.grads,
+                    self.frozen,
+                    self.offsets,
+                    self.scales,
+                    self.depth,
+                    self.factors,
+                    table,
+                    block,
+                    "native",
                 )
                 for name, (block, outliers) in VARIANTS.items()
                 if not outliers
@@ -94,9 +100,10 @@ def main() -> int:
     print(f"{'shapes':>18} {'pass':>9} {'bf16':>7} " + " ".join(f"{name:>16}" for name in VARIANTS))
     for row in rows:
         rate = {name: row["operations"] / seconds / 1e9 for name, seconds in row["seconds"].items()}
-        cells = [f"{rate[name]:>8.0f} ({rate[name] / rate['bf16']:.2f}x)" if name in rate else "" for name in VARIANTS]
+        base = rate["bf16"]
+        cells = [f"{rate[name]:>8.0f} ({rate[name] / base:.2f}x)" if name in rate else "" for name in VARIANTS]
         print(
-            f"{row['model'] + ' ' + str(row['tokens']) + ' ' + row['group']:>18} {row['pass']:>9} {rate['bf16']:>7.0f} "
+            f"{row['model'] + ' ' + str(row['tokens']) + ' ' + row['group']:>18} {row['pass']:>9} {base:>7.0f} "
             + " ".join(f"{cell:>16}" for cell in cells)
         )
     for model, tokens in dict.fromkeys((row["model"], row["tokens"]) for row in rows):

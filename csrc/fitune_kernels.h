@@ -69,6 +69,36 @@ typedef struct FituneAdapterGradient {
   int64_t transposed, accumulate;
 } FituneAdapterGradient;
 
+/* What a layer's owner keeps for products in 8-bit integers: scales [n], one for each row of W (its largest magnitude
+ * / 127; 0 for a row of zeros, NaN for one that is not finite), and W's outlier columns [n, outliers] in bfloat16. */
+typedef struct FituneInt8Segment {
+  const float *scales;
+  const uint16_t *outlier_columns;
+} FituneInt8Segment;
+
+/* Products of which the frozen part is done in 8-bit integers with exact sums, and the adapters' part in bfloat16.
+ * Rows of x and g are recoded on the way, to nearest, one scale for each row and block of depth: at most `block`
+ * values (a multiple of 64, or 0 for all of a segment's). Otherwise as FituneProducts. */
+typedef struct FituneInt8Products {
+  void (*row_scales)(const FituneSegment *segment, int64_t k, const float *table, float *scales, int threads);
+
+  /* outliers [count] increasing -> columns [n, count]. */
+  void (*outlier_columns)(const FituneSegment *segment, int64_t k, const float *table, const int32_t *outliers,
+                          int64_t count, uint16_t *columns, int threads);
+
+  int64_t (*workspace_bytes)(const FituneSegment *segments, int64_t count, int64_t m, int64_t k, int64_t outliers,
+                             int64_t block, int backward, int threads);
+
+  /* The columns `outliers` of x are multiplied in bfloat16 with outlier_columns. */
+  void (*forward)(const uint16_t *x, int64_t x_stride, int64_t m, int64_t k, const FituneSegment *segments,
+                  const FituneInt8Segment *recoded, int64_t count, const int32_t *outliers, int64_t outlier_count,
+                  int64_t block, const float *table, void *workspace, int threads);
+
+  void (*backward)(int64_t m, int64_t k, const FituneSegment *segments, const FituneInt8Segment *recoded,
+                   int64_t count, int64_t block, const float *table, void *grad_x, int64_t grad_x_stride, int kind,
+                   int accumulate, void *workspace, int threads);
+} FituneInt8Products;
+
 /* Products of bfloat16 with float32 sums. At most 16 segments a call. `table` is the one of nf4_dequantise.
  * Workspaces are of the size that the function before says, at any alignment. */
 typedef struct FituneProducts {
@@ -88,6 +118,8 @@ typedef struct FituneProducts {
   /* At most 32 a call; neighbours with the same q are done together. */
   void (*adapter_gradients)(const FituneAdapterGradient *gradients, int64_t count, int64_t m, void *workspace,
                             int threads);
+
+  const FituneInt8Products *int8;
 } FituneProducts;
 
 typedef struct FituneKernels {

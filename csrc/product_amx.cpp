@@ -3,4 +3,5 @@
 #define FITUNE_SET amx
 #include "names.inc"
 #include "product_tiles.inc"
+#include "product_int8_tiles.inc"
 #include "product.inc"

@@ -3,4 +3,5 @@
 #define FITUNE_SET avx512_bf16
 #include "names.inc"
 #include "product_registers.inc"
+#include "product_int8_registers.inc"
 #include "product.inc"

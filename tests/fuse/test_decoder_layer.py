@@ -121,3 +121,12 @@ def test_a_mixture_whose_documents_are_not_apart_is_not_packed(wrong: str, monke
     monkeypatch.setattr(contract, "attention", changed)
     model, _ = adapted(model_of("mixtral", **family), torch.bfloat16)
     assert "attention" not in model.report.replaced
+
+
+def test_a_candidate_that_goes_the_original_way_proves_nothing() -> None:
+    """Its rotary embedding turns neighbours, not halves, and its layers are asked for no router logits (False)."""
+    sizes = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1}
+    model, _ = adapted(model_of("ernie4_5_moe", **sizes))
+    assert "mlp" in model.report.replaced
+    assert "layer" not in model.report.replaced
+    assert "differs by" in model.report.left["layer (Ernie4_5_MoeDecoderLayer)"]

@@ -28,8 +28,9 @@ TABLE = nf4.DYNAMIC_MAP
 class Layers:
     """Segments with their tensors; of the outliers every row has some that are thirty times as large."""
 
-    def __init__(self, depth: int, widths: list[int], ranks: list[int], outliers: list[int] | None = None, block: int = 256,
-                 seed: int = 0, dense: tuple[int, ...] = (), biased: tuple[int, ...] = ()) -> None:  # fmt: skip
+    def __init__(self, depth: int, widths: list[int], ranks: list[int], outliers: list[int] | None = None,
+                 block: int = 256, seed: int = 0, dense: tuple[int, ...] = (),
+                 biased: tuple[int, ...] = ()) -> None:  # fmt: skip
         self.depth, self.widths, self.ranks, self.block = depth, widths, ranks, block
         self.outliers = torch.tensor(outliers or [], dtype=torch.int32)
         self.frozen: list[Tensor | None] = []
@@ -305,7 +306,9 @@ def test_rows_of_zeros_and_of_tiny_values_give_zeros() -> None:
     assert grad_x.isfinite().all()
 
 
-@pytest.mark.parametrize("change", ["code", "absmax", "offset", "scale", "column", "outlier", "a", "b", "bias", "order"])
+@pytest.mark.parametrize(
+    "change", ["code", "absmax", "offset", "scale", "column", "outlier", "a", "b", "bias", "order"]
+)
 def test_a_wrong_operand_is_noticed(change: str) -> None:
     layers = Layers(128, [64, 64], [4, 4], [3, 100], biased=(0,))
     x, _ = layers.inputs(33)
@@ -413,12 +416,15 @@ def test_fakes_have_the_shapes_of_the_real_ones() -> None:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in available_sets()[1:] if "bf16" in name])
-def test_the_other_instruction_sets_pass_too(name: str) -> None:
+def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
     if os.environ.get("FITUNE_INSTRUCTION_SET"):
         pytest.skip("one level is enough")
-    environment = dict(os.environ, FITUNE_INSTRUCTION_SET=name, OMP_NUM_THREADS="2")
-    chosen = "any_shape or references or finite or threads or fit or ties"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", chosen]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
+         "not instruction_set and not fakes and not random and not small", str(Path(__file__))],
+        env={**os.environ, "FITUNE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

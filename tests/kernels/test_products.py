@@ -375,6 +375,7 @@ with FakeTensorMode():
     assert done.stdout.strip() == "[(8, 32), (8, 4), (8, 64), (8, 4), (4, 64), (32, 4)]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in available_sets()[1:] if "bf16" in name])
 def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
     done = subprocess.run(

@@ -120,7 +120,7 @@ def _open(
     from fitune.data.conversation import Message
     from fitune.data.text_to_sql import read_schema, serialise_schema, sql_messages
     from fitune.generate.stopping import stop_ids
-    from fitune.quant.lease import DecodedOnce
+    from fitune.quant.lease import lease_for_generation
     from fitune.quant.linear import QuantisedLinear
     from fitune.train.trained_model import find_trained
 
@@ -132,8 +132,9 @@ def _open(
     if database is None:
         said = system if system is not None else found.config.data.system if found.config else None
         opening = (Message("system", said),) if said else ()
-    graph = found.build().graph
-    lease = DecodedOnce()  # for as long as the process lives: a chat decodes a token at a time
+    built = found.build()
+    graph = built.graph
+    lease = lease_for_generation(built.backend, built.dtype)  # for as long as the process lives
     for module in graph.modules():
         if isinstance(module, QuantisedLinear):
             module.lease = lease

@@ -34,7 +34,7 @@ from fitune.generate.forward_call import undisturbed
 from fitune.generate.generation import GenerationStats, Progress
 from fitune.generate.stopping import pad_id
 from fitune.process_memory import give_back_free_memory
-from fitune.quant.lease import DecodedOnce, leased
+from fitune.quant.lease import lease_for_generation, leased
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,7 +154,7 @@ def evaluate_task(
                 on_progress(stats)
 
         give_back_free_memory()
-        with leased(model.graph, DecodedOnce()):
+        with leased(model.graph, lease_for_generation(model.backend, model.dtype)):
             generations = generate_detailed(
                 model.graph, [encode_prompt(prompt, tokenizer) for prompt in prompts], max_new_tokens=max_new_tokens,
                 eos_ids=eos_ids, pad_id=pad_id(tokenizer), batch_size=batch_size, on_progress=progressed,

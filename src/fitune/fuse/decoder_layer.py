@@ -23,6 +23,8 @@ from fitune.kernels import contract
 
 # Arguments of a layer that may have any value here: they say what its other arguments already do.
 _IDLE = {"position_ids", "cache_position", "use_cache", "position_embeddings"}
+# Requests for more results: idle while they are not made.
+_REQUESTS = {"output_attentions", "output_hidden_states", "output_router_logits"}
 # Those that a pass after a key-value cache has.
 _CACHED = {"past_key_values", "attention_mask"}
 
@@ -82,7 +84,7 @@ class FusedLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, T, C] -> [B, T, C]."""
-        given = {name for name, value in kwargs.items() if value is not None} - _IDLE
+        given = _given(kwargs)
         cached = "past_key_values" in given <= _CACHED and self.continues and not torch.is_grad_enabled()
         parts = covered_all(self.linears) if not args and (cached or given == {"documents"}) else None
         if parts is None:
@@ -99,6 +101,10 @@ class FusedLayer:
             after = CachedCall(rows, tokens, kwargs["past_key_values"], kwargs.get("attention_mask"), cos, sin)
             out = self._continued(flat, after, bases, factors)
         return out.view(rows, tokens, width)
+
+    def covers(self, kwargs: dict[str, Any]) -> bool:
+        """Whether packed rows with these keyword arguments are computed here, and not by the original."""
+        return _given(kwargs) == {"documents"} and covered_all(self.linears) is not None
 
     @property
     def continues(self) -> bool:
@@ -139,6 +145,12 @@ class FusedLayer:
             return grad
         grad_x: Tensor = contract.rms_norm_backward(grad, x, norm.weight, rstd, norm.shift, self.backend)
         return grad_x
+
+
+def _given(kwargs: dict[str, Any]) -> set[str]:
+    """The keyword arguments that a layer has to heed."""
+    idle = {name for name in _REQUESTS if kwargs.get(name) is False}
+    return {name for name, value in kwargs.items() if value is not None} - _IDLE - idle
 
 
 class _Layer(torch.autograd.Function):

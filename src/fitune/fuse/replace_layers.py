@@ -30,7 +30,8 @@ def replace_layers(
     calls, seen, tokens = _watched(layers, packed_pass)
     positions = Positions()
     proven: dict[tuple[object, ...], int | None] = {}
-    count, left = 0, {}
+    count = 0
+    left: dict[str, list[str]] = {}
     for layer in layers:
         call = calls.get(id(layer))
         scale, window, cap = seen.get(id(layer.self_attn), (None, 0, 0.0))
@@ -39,28 +40,38 @@ def replace_layers(
         )
         kind = type(layer).__name__
         if not candidates:
-            left[kind] = "its parts are not an attention and a gated MLP between RMSNorms, all replaced"
+            _note(left, kind, "its parts are not an attention and a gated MLP between RMSNorms, all replaced")
             continue
         if covered_all(candidates[0].linears) is None:
-            left[kind] = "its projections are trained themselves, or their adapters do more than LoRA without dropout"
+            _note(
+                left,
+                kind,
+                "its projections are trained themselves, or their adapters do more than LoRA without dropout",
+            )
             continue
         if packed_pass is None:
             layer.forward = candidates[0]
             count += 1
             continue
         if call is None or scale is None:
-            left[kind] = "it is not called with a hidden state and keywords alone"
+            _note(left, kind, "it is not called with a hidden state and keywords alone")
             continue
         signature = (kind, scale, window, cap, _shape_of(call), *_insides(layer))
         if signature not in proven:
             proven[signature], reason = _choose(layer, candidates, call, dtype, tokens)
             if proven[signature] is None:
-                left[kind] = reason
+                _note(left, kind, reason)
         chosen = proven[signature]
         if chosen is not None:
             layer.forward = candidates[chosen]
             count += 1
-    return count, left
+    return count, {kind: "; ".join(reasons) for kind, reasons in left.items()}
+
+
+def _note(left: dict[str, list[str]], kind: str, reason: str) -> None:
+    reasons = left.setdefault(kind, [])
+    if reason not in reasons:
+        reasons.append(reason)
 
 
 def _watched(
@@ -116,6 +127,9 @@ def _choose(
     layer: nn.Module, candidates: list[FusedLayer], call: dict[str, Any], dtype: torch.dtype, tokens: int
 ) -> tuple[int | None, str]:
     width = next(norm for norm in candidates[0].norms if norm is not None).weight.shape[0]
+    if not candidates[0].covers(call):
+        given = sorted(name for name, value in call.items() if value is not None)
+        return None, f"it is called with more than packed rows need ({', '.join(given)})"
     original = _Replay(layer, layer.forward, call)
     reasons: list[str] = []
     with with_trained_adapter(layer):

@@ -10,8 +10,8 @@ W's columns (`int8_outlier_columns`, kept by the caller as well: two bytes for e
 products of floating point as in products.py. The gradient of x has no outliers.
 
 `backend` is "native" (csrc, CPU; bfloat16 on machines that have dot products of it and of 8-bit integers) or
-"reference" (plain torch, any device). A row with a value that is not finite gives a row of NaN; a row of W with such a
-value a column of NaN, and NaN everywhere in the gradient.
+"reference" (plain torch, any device). A row with a value that is not finite gives no finite results; a row of W with
+such a value gives a column of NaN, and NaN everywhere in the gradient of x.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fitune.kernels import int8_products_native, int8_products_reference
 
-BLOCK = 256  # values that share a scale (issue 4's measurements: with 32 outliers a quarter of the error of one scale)
+BLOCK = 256  # values that share a scale: with 32 outliers a quarter of the error that one scale a row gives
 _LIBRARY = torch.library.Library("fitune", "FRAGMENT")
 _WEIGHT = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, float offset, int width, int depth"
 _FROZEN = "Tensor?[] frozen, float[] offsets, Tensor[] scales"
@@ -79,8 +79,8 @@ def int8_outlier_columns(
 
 
 @_operator(
-    f"int8_product(Tensor x, {_FROZEN}, Tensor[] columns, Tensor outliers, Tensor?[] factors, Tensor table, int block, "
-    "str backend) -> Tensor[]"
+    f"int8_product(Tensor x, {_FROZEN}, Tensor[] columns, Tensor outliers, Tensor?[] factors, Tensor table, "
+    "int block, str backend) -> Tensor[]"
 )
 def int8_product(
     x: Tensor, frozen: list[Tensor | None], offsets: list[float], scales: list[Tensor], columns: list[Tensor],

@@ -138,9 +138,7 @@ def int8_product(
     count, apart = len(widths), outliers.numel()
     segments = _segments(frozen, offsets, factors, depth, made[:count], made[count:])
     recoded, threads = _recoded(scales, columns, widths, apart), torch.get_num_threads()
-    size_bytes = functions.workspace_bytes(
-        segments, count, rows, depth, apart, _checked_block(block), 0, threads
-    )
+    size_bytes = functions.workspace_bytes(segments, count, rows, depth, apart, _checked_block(block), 0, threads)
     functions.forward(
         x.data_ptr(), x.stride(0), rows, depth, segments, recoded, count, outliers.data_ptr(), apart, block,
         _address(table, torch.float32, 256), _scratch.of(size_bytes), threads,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from fitune.kernels import products
+
 if TYPE_CHECKING:
     from fitune.quant.linear import QuantisedLinear
     from fitune.quant.nf4 import NF4Weight
@@ -48,7 +50,7 @@ class DecodedAtUse:
 class DecodedOnce:
     """A dense copy of every weight is kept after its first use: two bytes a weight for speed.
 
-    For phases with few tokens at a time (generation), where decoding would cost more than the product.
+    For phases with few tokens at a time (generation), where decoding a dense copy would cost more than the product.
     """
 
     def __init__(self) -> None:
@@ -65,6 +67,11 @@ class DecodedOnce:
 
     def acquire_stored(self, linear: QuantisedLinear) -> NF4Weight | None:
         return None
+
+
+def lease_for_generation(backend: str, dtype: torch.dtype) -> Lease:
+    """The policy for a few tokens at a time: products that read the 4 bits themselves are quicker than dense ones."""
+    return DecodedAtUse() if backend == "native" and products.natively_multiplied(dtype) else DecodedOnce()
 
 
 @contextmanager
