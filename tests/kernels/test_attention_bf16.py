@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from instruction_sets import available_sets
 from torch import Tensor
 
 from fitune.kernels import native, reference
@@ -20,12 +21,6 @@ from fitune.kernels import native, reference
 pytestmark = pytest.mark.skipif(not native.status().available, reason=native.status().reason)
 ROUNDING, LIMIT = 2**-8, 1e-2
 Documents = list[list[int]]
-
-
-def available_sets() -> list[str]:
-    if not native.status().available:
-        return []
-    return native._load()[2].fitune_available().decode().split()
 
 
 SETS = available_sets()

@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import available_sets, random
+from instruction_sets import assert_passes_with, available_sets
+from random_segments import BF16, RandomSegments, error
+from test_native import random
 from torch import Tensor
 
-from fitune.kernels import int8_products, int8_products_native, int8_products_reference, native, products_reference
+from fitune.kernels import int8_products, int8_products_native, int8_products_reference, native
 from fitune.quant import nf4
 
 pytestmark = pytest.mark.skipif(
     not int8_products_native.available(), reason=f"no native products in integers: {native.status().instruction_set}"
 )
-BF16 = torch.bfloat16
 TABLE = nf4.DYNAMIC_MAP
 
 
-class Layers:
-    """Segments with their tensors; of the outliers every row has some that are thirty times as large."""
+class Layers(RandomSegments):
+    """Of the outliers every row has some that are thirty times as large."""
 
     def __init__(self, depth: int, widths: list[int], ranks: list[int], outliers: list[int] | None = None,
                  block: int = 256, seed: int = 0, dense: tuple[int, ...] = (),
                  biased: tuple[int, ...] = ()) -> None:  # fmt: skip
-        self.depth, self.widths, self.ranks, self.block = depth, widths, ranks, block
+        super().__init__(depth, widths, ranks, seed, dense, biased)
+        self.block = block
         self.outliers = torch.tensor(outliers or [], dtype=torch.int32)
-        self.frozen: list[Tensor | None] = []
-        self.offsets: list[float] = []
-        self.factors: list[Tensor | None] = []
-        for i, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
-            weight = random(width, depth, seed=seed + 10 * i + 1, scale=depth**-0.5)
-            bias = random(width, dtype=BF16, seed=seed + 10 * i + 2) if i in biased else None
-            if i in dense:
-                self.frozen += [weight.to(BF16), None, None, bias]
-                self.offsets.append(0.0)
-            else:
-                stored = nf4.quantise(weight, "native")
-                self.frozen += [stored.codes, stored.absmax, stored.nested_absmax, bias]
-                self.offsets.append(stored.offset)
-            a, b = random(rank, depth, seed=seed + 10 * i + 3), random(width, rank, seed=seed + 10 * i + 4)
-            pair = [(a * depth**-0.5).to(BF16), (b * max(rank, 1) ** -0.5).to(BF16)]
-            self.factors += pair if rank else [None, None]
         self.recode()
 
     def recode(self, backend: str = "native") -> None:
@@ -77,18 +59,10 @@ class Layers:
         )
         return into
 
-    def weight(self, i: int) -> Tensor:
-        shape = [self.widths[i], self.depth]
-        return products_reference.dense(self.frozen, i, self.offsets[i], shape, torch.float32, TABLE, "reference")
-
     def inputs(self, rows: int, seed: int = 77) -> tuple[Tensor, list[Tensor]]:
         x = random(rows, self.depth, seed=seed)
         x[:, self.outliers.long()] *= 30
-        return x.to(BF16), [random(rows, width, dtype=BF16, seed=seed + 1 + i) for i, width in enumerate(self.widths)]
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
+        return x.to(BF16), self.grads(rows, seed + 1)
 
 
 def assert_same(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -119,14 +93,6 @@ def check_all(layers: Layers, rows: int) -> None:
     # v's last bit of bfloat16 may differ, and with it the adapters' part
     assert_same(layers.add_backward(grads, start.clone()), expected, 1e-3 if any(layers.ranks) else 1e-6)
     assert_same(layers.add_backward(grads, start.to(BF16)), expected.to(BF16), 3e-3)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("block", [0, 64, 256])
@@ -190,7 +156,7 @@ def test_integers_and_scales_are_the_references(depth: int, dense: tuple[int, ..
     x, grads = layers.inputs(50)
     codes, scales = int8_products_reference.code_rows(x.float().index_fill(1, layers.outliers.long(), 0.0), 0)
     assert codes.abs().amax() == 127
-    weight = int8_products_reference.code_weight(layers.weight(0), layers.scales[0])
+    weight = int8_products_reference.code_weight(layers.weight(0, torch.float32), layers.scales[0])
     assert weight.abs().amax() == 127
     sums = (codes.double() @ weight.double().t()).float()  # exact: below 2^24
     layers.outliers, layers.columns = layers.outliers[:0], []
@@ -219,12 +185,12 @@ def test_distance_from_arithmetic_in_float64(block: int, outliers: bool, most: f
     x, grads = layers.inputs(60)
     if not outliers:
         layers.outliers, layers.columns = layers.outliers[:0], []
-    exact = x.double() @ layers.weight(0).double().t() + x.double() @ (
+    exact = x.double() @ layers.weight(0, torch.float32).double().t() + x.double() @ (
         layers.factors[0].double().t() @ layers.factors[1].double().t()
     )
     assert error(layers.forward(x)[0][0], exact) < most
     adapters = layers.factors[1].double() @ layers.factors[0].double()
-    exact = grads[0].double() @ (layers.weight(0).double() + adapters)
+    exact = grads[0].double() @ (layers.weight(0, torch.float32).double() + adapters)
     assert error(layers.backward(grads)[0], exact) < 0.02
 
 
@@ -419,12 +385,4 @@ def test_fakes_have_the_shapes_of_the_real_ones() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in available_sets()[1:] if "bf16" in name])
 def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
-    if os.environ.get("FITUNE_INSTRUCTION_SET"):
-        pytest.skip("one level is enough")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
-         "not instruction_set and not fakes and not random and not small", str(Path(__file__))],
-        env={**os.environ, "FITUNE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_passes_with(name, ["fakes", "random", "small"], "test_int8_products.py")

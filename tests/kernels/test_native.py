@@ -6,12 +6,12 @@ import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import assert_passes_with, available_sets
 from torch import Tensor
 
 from fitune.kernels import contract, native, reference
@@ -44,14 +44,6 @@ def misaligned(tensor: Tensor) -> Tensor:
     view = room[1:].view(tensor.shape)
     assert view.data_ptr() % 16
     return view.copy_(tensor)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> int:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -336,25 +328,9 @@ with FakeTensorMode():
     assert done.stdout.strip() == "[(1, 8, 2, 64), (1, 8, 2, 64), (1, 8, 2, 64)]"
 
 
-def available_sets() -> list[str]:
-    if not native.status().available:
-        return []
-    library = ctypes.CDLL(native.status().path)
-    library.fitune_available.restype = ctypes.c_char_p
-    return library.fitune_available().decode().split()
-
-
 @pytest.mark.parametrize("name", available_sets()[1:])
 def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
-    """The whole of this folder's numerical tests again, in a process that is told to use that set."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_set and not schema",
-         str(here / "test_native.py"), str(here / "test_attention.py")],
-        env={**os.environ, "FITUNE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_passes_with(name, ["schema"], "test_native.py", "test_attention.py")
 
 
 def test_an_instruction_set_that_cannot_run_here_is_refused_with_those_that_can() -> None:

@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import available_sets, random
+from instruction_sets import assert_passes_with, available_sets
+from random_segments import BF16, RandomSegments, error
+from test_native import random
 from torch import Tensor
 
-from fitune.kernels import native, products, products_native, products_reference
+from fitune.kernels import native, products, products_native
 from fitune.quant import nf4
 
 pytestmark = pytest.mark.skipif(
     not products_native.available(), reason=f"no native products: {native.status().instruction_set}"
 )
-BF16 = torch.bfloat16
 
 
-class Layers:
-    """Segments with their tensors in every form that the tests need."""
-
-    def __init__(self, depth: int, widths: list[int], ranks: list[int], seed: int = 0, dense: tuple[int, ...] = (),
-                 biased: tuple[int, ...] = ()) -> None:  # fmt: skip
-        self.depth, self.widths, self.ranks = depth, widths, ranks
-        self.frozen: list[Tensor | None] = []
-        self.offsets: list[float] = []
-        self.factors: list[Tensor | None] = []
-        for i, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
-            weight = random(width, depth, seed=seed + 10 * i + 1, scale=depth**-0.5)
-            bias = random(width, dtype=BF16, seed=seed + 10 * i + 2) if i in biased else None
-            if i in dense:
-                self.frozen += [weight.to(BF16), None, None, bias]
-                self.offsets.append(0.0)
-            else:
-                stored = nf4.quantise(weight, "native")
-                self.frozen += [stored.codes, stored.absmax, stored.nested_absmax, bias]
-                self.offsets.append(stored.offset)
-            a, b = random(rank, depth, seed=seed + 10 * i + 3), random(width, rank, seed=seed + 10 * i + 4)
-            pair = [(a * depth**-0.5).to(BF16), (b * max(rank, 1) ** -0.5).to(BF16)]
-            self.factors += pair if rank else [None, None]
-
-    def weight(self, i: int) -> Tensor:
-        """As the reference decodes it, in bfloat16."""
-        shape = [self.widths[i], self.depth]
-        return products_reference.dense(self.frozen, i, self.offsets[i], shape, BF16, nf4.DYNAMIC_MAP, "reference")
+class Layers(RandomSegments):
+    """With the operators, and what they should give in float64."""
 
     def forward(self, x: Tensor, backend: str = "native") -> tuple[list[Tensor], list[Tensor]]:
         made = products.frozen_product(
@@ -84,13 +58,7 @@ class Layers:
         return total
 
     def inputs(self, rows: int, seed: int = 77) -> tuple[Tensor, list[Tensor]]:
-        return random(rows, self.depth, dtype=BF16, seed=seed), [
-            random(rows, width, dtype=BF16, seed=seed + 1 + i) for i, width in enumerate(self.widths)
-        ]
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
+        return random(rows, self.depth, dtype=BF16, seed=seed), self.grads(rows, seed + 1)
 
 
 def assert_as_near(found: Tensor, theirs: Tensor, exact: Tensor) -> None:
@@ -141,14 +109,6 @@ def check_all(layers: Layers, rows: int) -> None:
     products.adapter_gradients_(grads, x, grown, us, vs, scalings, "native")
     for one, two in zip(ours, grown, strict=True):
         torch.testing.assert_close(two, 2 * one, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 31, 32, 33, 100])
@@ -378,10 +338,4 @@ with FakeTensorMode():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in available_sets()[1:] if "bf16" in name])
 def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
-         "not instruction_set and not schema and not fake and not random", str(Path(__file__))],
-        env={**os.environ, "FITUNE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_passes_with(name, ["schema", "fake", "random"], "test_products.py")

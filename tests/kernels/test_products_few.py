@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import available_sets, random
-from test_products import BF16, Layers, assert_as_near, error
+from instruction_sets import assert_passes_with, available_sets
+from random_segments import BF16, error
+from test_native import random
+from test_products import Layers, assert_as_near
 
 from fitune.kernels import native, products_native
 
@@ -21,14 +17,6 @@ pytestmark = pytest.mark.skipif(
     not products_native.available(), reason=f"no native products: {native.status().instruction_set}"
 )
 MANY = 200  # rows that are more than few
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def check(layers: Layers, rows: int) -> None:
@@ -191,10 +179,4 @@ def test_torchs_own_products_in_between_stay_right() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in available_sets()[1:] if "bf16" in name])
 def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_set",
-         str(Path(__file__))],
-        env={**os.environ, "FITUNE_INSTRUCTION_SET": name, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_passes_with(name, [], "test_products_few.py")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fitune.kernels import native, reference
+from fitune.kernels.registration import operator
 
 BACKENDS = ("native", "reference")
-_LIBRARY = torch.library.Library("fitune", "DEF")
 _MODULES = {"native": native, "reference": reference}
 
 
@@ -28,13 +28,7 @@ def _operator(schema: str) -> Any:
         *values, backend = arguments
         return implementations[backend](*values)
 
-    def register(fake: Any) -> Any:
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fitune::{name}", lambda *arguments: fake(*arguments[:-1]), lib=_LIBRARY)
-        return getattr(torch.ops.fitune, name).default
-
-    return register
+    return operator(schema, run)
 
 
 @_operator("nf4_quantise(Tensor weight, str backend) -> (Tensor, Tensor)")

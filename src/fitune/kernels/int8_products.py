@@ -16,48 +16,24 @@ such a value gives a column of NaN, and NaN everywhere in the gradient of x.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fitune.kernels import int8_products_native, int8_products_reference
+from fitune.kernels.registration import native_where_taken
+from fitune.kernels.segments import ranks
 
 BLOCK = 256  # values that share a scale: with 32 outliers a quarter of the error that one scale a row gives
-_LIBRARY = torch.library.Library("fitune", "FRAGMENT")
 _WEIGHT = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, float offset, int width, int depth"
+_operator = native_where_taken(int8_products_native, int8_products_reference)
 _FROZEN = "Tensor?[] frozen, float[] offsets, Tensor[] scales"
 
 
 def natively_multiplied(dtype: torch.dtype) -> bool:
     """Whether "native" multiplies in integers itself for this dtype, instead of plain torch."""
     return dtype == torch.bfloat16 and int8_products_native.available()
-
-
-def _operator(schema: str) -> Any:
-    """Defines `fitune::NAME` of this schema; the decorated function is its fake."""
-    name = schema.split("(")[0]
-    ours: Callable[..., Any] = getattr(int8_products_native, name)
-    torchs: Callable[..., Any] = getattr(int8_products_reference, name)
-
-    def run(*arguments: Any) -> Any:
-        *values, backend = arguments
-        if backend == "native" and int8_products_native.takes(*values):
-            return ours(*values)
-        return torchs(*values, backend)
-
-    def register(fake: Any) -> Any:
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fitune::{name}", lambda *arguments: fake(*arguments[:-1]), lib=_LIBRARY)
-        return getattr(torch.ops.fitune, name).default
-
-    return register
-
-
-def _ranks(factors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if a is None else a.shape[0] for a in factors[::2]]
 
 
 @_operator(f"int8_row_scales({_WEIGHT}, Tensor table, str backend) -> Tensor")
@@ -90,7 +66,7 @@ def int8_product(
 
     `columns` of each segment [N, outliers]; empty where there are no outliers.
     """
-    return [x.new_empty(x.shape[0], size) for size in (*(scale.shape[0] for scale in scales), *_ranks(factors))]
+    return [x.new_empty(x.shape[0], size) for size in (*(scale.shape[0] for scale in scales), *ranks(factors))]
 
 
 @_operator(
@@ -102,7 +78,7 @@ def int8_product_backward(
     factors: list[Tensor | None], table: Tensor, block: int,
 ) -> Any:  # fmt: skip
     """Every segment's grad of y [M, N] -> grad of x [M, depth], then every segment's v = grad B [M, R]."""
-    return [grads[0].new_empty(grads[0].shape[0], size) for size in (depth, *_ranks(factors))]
+    return [grads[0].new_empty(grads[0].shape[0], size) for size in (depth, *ranks(factors))]
 
 
 @_operator(
@@ -114,4 +90,4 @@ def int8_product_backward_(
     factors: list[Tensor | None], table: Tensor, block: int,
 ) -> Any:  # fmt: skip
     """The same, added to `into` [M, K] (float32, or the grads' dtype); returns every segment's v."""
-    return [grads[0].new_empty(grads[0].shape[0], size) for size in _ranks(factors)]
+    return [grads[0].new_empty(grads[0].shape[0], size) for size in ranks(factors)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fitune.kernels import native, products_native
-from fitune.kernels.products_native import _address, _ranks, _rows, _scratch, _segments
+from fitune.kernels.segments import address, check_gradient, ranks, rows_of, scratch, segments
 
 _ABI = 5  # of the library that has these products
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -65,7 +65,7 @@ def _checked_block(block: int) -> int:
 
 def _checked_outliers(outliers: Tensor, depth: int) -> Tensor:
     """int32, increasing, columns of x; native code trusts them."""
-    _address(outliers, torch.int32, outliers.numel())
+    address(outliers, torch.int32, outliers.numel())
     if outliers.numel():
         inside = int(outliers[0]) >= 0 and int(outliers[-1]) < depth
         if not inside or not bool((outliers[1:] > outliers[:-1]).all()):
@@ -77,9 +77,7 @@ def _weight_segment(
     weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, offset: float, width: int, depth: int
 ) -> bytes:
     nothing = torch.empty(0, width, dtype=torch.bfloat16)
-    return _segments(
-        [weight, absmax, nested_absmax, None], [offset], [None, None], depth, [nothing], [nothing[:, :0]]
-    )
+    return segments([weight, absmax, nested_absmax, None], [offset], [None, None], depth, [nothing], [nothing[:, :0]])
 
 
 def int8_row_scales(
@@ -91,7 +89,7 @@ def int8_row_scales(
     scales = torch.empty(width, dtype=torch.float32)
     segment = _weight_segment(weight, absmax, nested_absmax, offset, width, depth)
     functions.row_scales(
-        segment, depth, _address(table, torch.float32, 256), scales.data_ptr(), torch.get_num_threads()
+        segment, depth, address(table, torch.float32, 256), scales.data_ptr(), torch.get_num_threads()
     )
     return scales
 
@@ -106,7 +104,7 @@ def int8_outlier_columns(
     columns = torch.empty(width, outliers.numel(), dtype=torch.bfloat16)
     segment = _weight_segment(weight, absmax, nested_absmax, offset, width, depth)
     functions.outlier_columns(
-        segment, depth, _address(table, torch.float32, 256), outliers.data_ptr(), outliers.numel(),
+        segment, depth, address(table, torch.float32, 256), outliers.data_ptr(), outliers.numel(),
         columns.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return columns
@@ -118,8 +116,8 @@ def _recoded(scales: list[Tensor], columns: list[Tensor], widths: list[int], out
         raise ValueError(f"scales of {len(scales)} and outlier columns of {len(columns)} layers for {len(widths)}")
     made = []
     for i, (scale, width) in enumerate(zip(scales, widths, strict=True)):
-        where = _address(columns[i], torch.bfloat16, width * outliers) if outliers else 0
-        made.append(_RECODED.pack(_address(scale, torch.float32, width), where))
+        where = address(columns[i], torch.bfloat16, width * outliers) if outliers else 0
+        made.append(_RECODED.pack(address(scale, torch.float32, width), where))
     return b"".join(made)
 
 
@@ -130,18 +128,18 @@ def int8_product(
     functions = _products()
     assert functions is not None
     rows, depth = x.shape
-    x = _rows(x, rows, depth)
+    x = rows_of(x, rows, depth)
     outliers = _checked_outliers(outliers, depth)
     factors = [None if factor is None else factor.contiguous() for factor in factors]
     widths = [scale.shape[0] for scale in scales]
-    made = [torch.empty(rows, size, dtype=torch.bfloat16) for size in (*widths, *_ranks(factors))]
+    made = [torch.empty(rows, size, dtype=torch.bfloat16) for size in (*widths, *ranks(factors))]
     count, apart = len(widths), outliers.numel()
-    segments = _segments(frozen, offsets, factors, depth, made[:count], made[count:])
+    layers = segments(frozen, offsets, factors, depth, made[:count], made[count:])
     recoded, threads = _recoded(scales, columns, widths, apart), torch.get_num_threads()
-    size_bytes = functions.workspace_bytes(segments, count, rows, depth, apart, _checked_block(block), 0, threads)
+    size_bytes = functions.workspace_bytes(layers, count, rows, depth, apart, _checked_block(block), 0, threads)
     functions.forward(
-        x.data_ptr(), x.stride(0), rows, depth, segments, recoded, count, outliers.data_ptr(), apart, block,
-        _address(table, torch.float32, 256), _scratch.of(size_bytes), threads,
+        x.data_ptr(), x.stride(0), rows, depth, layers, recoded, count, outliers.data_ptr(), apart, block,
+        address(table, torch.float32, 256), scratch.of(size_bytes), threads,
     )  # fmt: skip
     return made
 
@@ -153,16 +151,16 @@ def _backward(
     functions = _products()
     assert functions is not None
     rows, depth = into.shape
-    grads = [_rows(grad, rows, grad.shape[1]) for grad in grads]
+    grads = [rows_of(grad, rows, grad.shape[1]) for grad in grads]
     factors = [None if factor is None else factor.contiguous() for factor in factors]
-    vs = [torch.empty(rows, rank, dtype=torch.bfloat16) for rank in _ranks(factors)]
-    segments = _segments(frozen, offsets, factors, depth, grads, vs)
+    vs = [torch.empty(rows, rank, dtype=torch.bfloat16) for rank in ranks(factors)]
+    layers = segments(frozen, offsets, factors, depth, grads, vs)
     recoded = _recoded(scales, [], [grad.shape[1] for grad in grads], 0)
     threads, count = torch.get_num_threads(), len(grads)
-    size_bytes = functions.workspace_bytes(segments, count, rows, depth, 0, _checked_block(block), 1, threads)
+    size_bytes = functions.workspace_bytes(layers, count, rows, depth, 0, _checked_block(block), 1, threads)
     functions.backward(
-        rows, depth, segments, recoded, count, block, _address(table, torch.float32, 256), into.data_ptr(),
-        into.stride(0), native.KINDS[into.dtype], accumulate, _scratch.of(size_bytes), threads,
+        rows, depth, layers, recoded, count, block, address(table, torch.float32, 256), into.data_ptr(),
+        into.stride(0), native.KINDS[into.dtype], accumulate, scratch.of(size_bytes), threads,
     )  # fmt: skip
     return vs
 
@@ -179,6 +177,5 @@ def int8_product_backward_(
     grads: list[Tensor], frozen: list[Tensor | None], offsets: list[float], scales: list[Tensor], into: Tensor,
     factors: list[Tensor | None], table: Tensor, block: int,
 ) -> list[Tensor]:  # fmt: skip
-    if into.dtype not in (torch.float32, torch.bfloat16) or into.stride(1) != 1 or not into.is_cpu:
-        raise ValueError(f"a gradient cannot be added to {into.dtype} with strides {into.stride()} on {into.device}")
+    check_gradient(into)
     return _backward(grads, frozen, offsets, scales, into, 1, factors, table, block)

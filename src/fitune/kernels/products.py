@@ -12,46 +12,22 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fitune.kernels import products_native, products_reference
+from fitune.kernels.registration import native_where_taken
+from fitune.kernels.segments import ranks
 
-_LIBRARY = torch.library.Library("fitune", "FRAGMENT")
+_operator = native_where_taken(products_native, products_reference)
 _FROZEN = "Tensor?[] frozen, float[] offsets"
 
 
 def natively_multiplied(dtype: torch.dtype) -> bool:
     """Whether "native" multiplies in this dtype itself, instead of decoding and calling torch."""
     return dtype == torch.bfloat16 and products_native.available()
-
-
-def _operator(schema: str) -> Any:
-    """Defines `fitune::NAME` of this schema; the decorated function is its fake."""
-    name = schema.split("(")[0]
-    ours: Callable[..., Any] = getattr(products_native, name)
-    torchs: Callable[..., Any] = getattr(products_reference, name)
-
-    def run(*arguments: Any) -> Any:
-        *values, backend = arguments
-        if backend == "native" and products_native.takes(*values):
-            return ours(*values)
-        return torchs(*values, backend)
-
-    def register(fake: Any) -> Any:
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fitune::{name}", lambda *arguments: fake(*arguments[:-1]), lib=_LIBRARY)
-        return getattr(torch.ops.fitune, name).default
-
-    return register
-
-
-def _ranks(factors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if a is None else a.shape[0] for a in factors[::2]]
 
 
 @_operator(
@@ -62,7 +38,7 @@ def frozen_product(
     table: Tensor,
 ) -> Any:  # fmt: skip
     """x [M, K] -> every segment's y [M, N], then every segment's u = x A^T [M, R] (R 0 where it has no adapter)."""
-    sizes = [*widths, *_ranks(factors)]
+    sizes = [*widths, *ranks(factors)]
     return [x.new_empty(x.shape[0], size) for size in sizes]
 
 
@@ -75,7 +51,7 @@ def frozen_product_backward(
     factors: list[Tensor | None], table: Tensor,
 ) -> Any:  # fmt: skip
     """Every segment's grad of y [M, N] -> grad of x [M, depth], then every segment's v = grad B [M, R]."""
-    sizes = [depth, *_ranks(factors)]
+    sizes = [depth, *ranks(factors)]
     return [grads[0].new_empty(grads[0].shape[0], size) for size in sizes]
 
 
@@ -88,7 +64,7 @@ def frozen_product_backward_(
     factors: list[Tensor | None], table: Tensor,
 ) -> Any:  # fmt: skip
     """The same, added to `into` [M, K] (float32, or the grads' dtype); returns every segment's v."""
-    return [grads[0].new_empty(grads[0].shape[0], size) for size in _ranks(factors)]
+    return [grads[0].new_empty(grads[0].shape[0], size) for size in ranks(factors)]
 
 
 @_operator(
