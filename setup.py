@@ -73,7 +73,7 @@ class BuildKernels(build_ext):
                 print(f"fitune: this compiler does not know {name}; its kernels are left out", file=sys.stderr)
                 del sets[name]
         known = [f"-DFITUNE_HAS_{name.upper()}" for name in YOUNG if name in sets]
-        units = {"dispatch": known, "kernels_scalar": EXACT, "attention_scalar": CONTRACT}
+        units = {"dispatch": known, "decode_layer": [], "kernels_scalar": EXACT, "attention_scalar": CONTRACT}
         for name, flags in sets.items():
             units[f"kernels_{name}"] = [*flags, *EXACT]
             units[f"attention_{name}"] = [*flags, *CONTRACT]

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { FITUNE_ABI = 4 };
+enum { FITUNE_ABI = 6 };
 enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
 enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
 
@@ -42,6 +42,15 @@ typedef struct FituneDocument {
       int64_t d, const FituneDocument *documents, int64_t document_count, int64_t window, float scale, float cap, \
       const void *out, const void *grad_out, const float *lse, void *grad_q, void *grad_k, void *grad_v,   \
       int64_t split, float *workspace, int threads
+
+/* One new token of each of n rows: q [n, heads, D], k and v [n, kv_heads, D], all contiguous. Row i's keys and values
+ * lie in slot i of `keys` and `values` [slots, kv_heads, capacity, D]; its new ones are written to column columns[i],
+ * and it attends to columns 0 .. columns[i], with a window above 0 to the last `window` of them. The first `shared`
+ * columns are the same in all slots, and are read from the first. */
+#define FITUNE_SLOT_ATTENTION_ARGUMENTS                                                                        \
+  const void *q, const void *k, const void *v, int kind, int64_t n, int64_t heads, int64_t kv_heads, int64_t d, \
+      void *keys, void *values, int64_t capacity, const int64_t *columns, int64_t shared, int64_t window,      \
+      float scale, float cap, void *out, int threads
 
 /* A frozen matrix W [n, k] with, where r > 0, an adapter: W + B A, A [r, k], B [n, r] with its scaling in it.
  * `weight` is bfloat16 [n, k], or where absmax_codes is given NF4 codes with double-quantised scales.
@@ -174,9 +183,41 @@ typedef struct FituneKernels {
    * + 2 * rows * kv_heads * split * tokens * roundup(d, 32) float32. */
   void (*attention_backward)(FITUNE_ATTENTION_BACKWARD_ARGUMENTS);
 
+  /* Causal attention of one new token a row over keys and values in slots; scores as above. out [n, heads, D]. */
+  void (*slot_attention)(FITUNE_SLOT_ATTENTION_ARGUMENTS);
+
+  /* out = x + scale * y, n elements; out may be x. */
+  void (*add_scaled)(const void *x, const void *y, int kind, int64_t n, float scale, void *out, int threads);
+
   /* Null where the instruction set has no dot products of bfloat16. */
   const FituneProducts *products;
 } FituneKernels;
+
+/* A root mean square norm over `width` values; no norm where weight [width] (bfloat16) is null. */
+typedef struct FituneNorm {
+  const uint16_t *weight;
+  double eps, shift;
+  int64_t width;
+} FituneNorm;
+
+/* A decoder layer, bfloat16, as generation steps through it: x + residual * after(part(before(x))), first for the
+ * attention, then for the gated MLP.
+ * norms: before and after the attention, before and after the MLP. head_norms: of queries and keys, over a head's D
+ * or over all heads of a token; turned_first: they come after the rotary embedding (half 0: there is none).
+ * The segments' results (y, u) have room for all rows, contiguous: what lies between the kernels is kept there. */
+typedef struct FituneDecodeLayer {
+  FituneNorm norms[4], head_norms[2];
+  const FituneSegment *inputs, *output, *branches, *down; /* queries, keys, values; 1; gate, up; 1 */
+  int64_t c, f, heads, kv_heads, d, half, turned_first, activation, window;
+  double scale, cap, residual;
+  void *keys, *values; /* slots, as slot_attention takes them */
+  int64_t capacity;
+} FituneDecodeLayer;
+
+/* x [m, c], one token a row -> out [m, c]; cos, sin [m, half] of their positions. Needs kernels->products. */
+void fitune_decode_layer(const FituneKernels *kernels, const FituneDecodeLayer *layer, const uint16_t *x, int64_t m,
+                         const float *cos, const float *sin, const int64_t *columns, int64_t shared,
+                         const float *table, uint16_t *out, int threads);
 
 int fitune_abi(void);
 

@@ -17,7 +17,7 @@ from fitune.fuse.lora_linear import FusedLoraLinear, fused_lora_layer
 from fitune.models.graph import head_name
 from tiny_models import adapted, model_of
 
-BASE = {"reference": "tiny", "fingerprint": "f" * 32}
+BASE = {"reference": "tiny", "identity": "f" * 32}
 TOKENS = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -61,9 +61,7 @@ def test_ours_come_back_to_the_bit_and_replace_what_was_there(tmp_path: Path) ->
     save_adapter(other, tmp_path / "adapter", BASE)
     save_adapter(ours, tmp_path / "adapter", BASE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-    back = load_adapter(
-        model_of("llama"), tmp_path / "adapter", BASE["fingerprint"], fused_lora_layer, trainable=True
-    )
+    back = load_adapter(model_of("llama"), tmp_path / "adapter", BASE["identity"], fused_lora_layer, trainable=True)
     assert adapter_digest(back) == adapter_digest(ours) != adapter_digest(other)
     assert any(parameter.requires_grad for parameter in back.parameters())
 
@@ -74,7 +72,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"was trained on 'tiny'.*not on the model given"):
         load_adapter(model_of("llama"), tmp_path / "adapter", "0" * 32)
     with pytest.raises(InputError, match=r"does not fit this model"):
-        load_adapter(model_of("llama", hidden_size=32), tmp_path / "adapter", BASE["fingerprint"])
+        load_adapter(model_of("llama", hidden_size=32), tmp_path / "adapter", BASE["identity"])
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
@@ -87,16 +85,16 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-50])
     with pytest.raises(InputError, match=r"does not fit this model"):
-        load_adapter(model_of("llama"), folder, BASE["fingerprint"])
+        load_adapter(model_of("llama"), folder, BASE["identity"])
     weights.write_bytes(whole)
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = [name for name in config["target_modules"] if "layers.1" not in name]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"tensors of the adapter and the model do not match"):
-        load_adapter(model_of("llama"), folder, BASE["fingerprint"])
+        load_adapter(model_of("llama"), folder, BASE["identity"])
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match=r"not a LoRA adapter that PEFT reads"):
-        load_adapter(model_of("llama"), folder, BASE["fingerprint"])
+        load_adapter(model_of("llama"), folder, BASE["identity"])
     assert (folder / BASE_FILE).is_file()
 
 

@@ -15,7 +15,7 @@ from fitune.adapters.outer_names import under_graph_names
 from fitune.errors import InputError
 from tiny_models import adapted, model_of
 
-BASE = {"reference": "tiny", "fingerprint": "f" * 32}
+BASE = {"reference": "tiny", "identity": "f" * 32}
 TOKENS = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -55,10 +55,10 @@ def test_the_whole_model_and_the_decoder_alone_load_it(tmp_path: Path) -> None:
     whole = PeftModel.from_pretrained(Whole(), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(whole(TOKENS), expected, rtol=1e-4, atol=1e-5)
     assert float((Whole().eval()(TOKENS) - expected).abs().max()) > 1e-2
-    back = load_adapter(model_of("llama"), tmp_path / "adapter", BASE["fingerprint"], inner=inner).eval()
+    back = load_adapter(model_of("llama"), tmp_path / "adapter", BASE["identity"], inner=inner).eval()
     torch.testing.assert_close(back(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="does not fit this model"):
-        load_adapter(model_of("llama"), tmp_path / "adapter", BASE["fingerprint"])
+        load_adapter(model_of("llama"), tmp_path / "adapter", BASE["identity"])
 
 
 def test_names_that_fit_already_are_read_where_they_lie(tmp_path: Path) -> None:
@@ -82,5 +82,5 @@ def test_a_damaged_adapter_is_told_of_its_own_folder(tmp_path: Path, name: str) 
     file = tmp_path / "adapter" / name
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(InputError) as caught:
-        load_adapter(model_of("llama"), tmp_path / "adapter", BASE["fingerprint"], inner=inner)
+        load_adapter(model_of("llama"), tmp_path / "adapter", BASE["identity"], inner=inner)
     assert str(tmp_path / "adapter") in str(caught.value)

@@ -240,14 +240,14 @@ def test_an_extra_pair_without_a_place_is_refused(base: Path, adapter: Path, tmp
         merge_adapter(FolderSource(base), adapter, tmp_path / "out")
 
 
-def test_the_stored_fingerprint_decides(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_stored_identity_decides(base: Path, adapter: Path, tmp_path: Path) -> None:
     source = FolderSource(base)
-    written = {"reference": "elsewhere", "fingerprint": source.fingerprint()}
+    written = {"reference": "elsewhere", "identity": source.identity()}
     (adapter / "base.json").write_text(json.dumps(written))
     _change_config(adapter, base_model_name_or_path="elsewhere")
     merge_adapter(source, adapter, tmp_path / "out")
-    (adapter / "base.json").write_text(json.dumps(written | {"fingerprint": "0" * 32}))
-    with pytest.raises(InputError, match="another model, or its files changed"):
+    (adapter / "base.json").write_text(json.dumps(written | {"identity": "0" * 32}))
+    with pytest.raises(InputError, match="another model, or its weights changed"):
         merge_adapter(source, adapter, tmp_path / "out2")
     merge_adapter(source, adapter, tmp_path / "out2", allow_other_base=True)
 

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half a unit in the last place of a result around 1, with room for another order of summation.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 ACTIVATIONS = list(native.ACTIVATIONS)
-OPERATORS = [name if name != "token_logprob" else "token_logprob_" for name in native._SIGNATURES]
+OPERATORS = [name if hasattr(contract, name) else f"{name}_" for name in native._SIGNATURES]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -274,6 +274,7 @@ def operands(name: str) -> list[tuple[object, ...]]:
     """Arguments to call an operator with."""
     x, weight = random(3, 10), random(10)
     quantised = nf4.quantise(random(130), "reference")
+    slots = random(8, 2, 9, 8)
     q, k = random(1, 6, 4, 8), random(1, 6, 2, 8, seed=1)
     documents = torch.tensor([[0, 0, 4, 0, 0], [0, 4, 6, 0, 2]], dtype=torch.int32)
     out, lse = reference.attention(q, k, k, documents, 0, 0.3)
@@ -291,6 +292,8 @@ def operands(name: str) -> list[tuple[object, ...]]:
         "rotate": [(random(4, 2, 8), torch.ones(4, 3), torch.zeros(4, 3), False)],
         "attention": [(q, k, k, documents, 0, 0.3, 0.0), (q, k, k, documents, 2, 0.3, 5.0)],
         "attention_backward": [(q, q, k, k, out, lse, documents, 0, 0.3, 0.0)],
+        "slot_attention_": [(q[0], k[0], k[0], slots, slots.clone(), torch.arange(q.shape[1]), 0, 0, 0.3, 0.0)],
+        "add_scaled": [(x, x, 0.5)],
     }[name]  # fmt: skip
 
 
@@ -330,7 +333,7 @@ with FakeTensorMode():
 
 @pytest.mark.parametrize("name", available_sets()[1:])
 def test_the_other_instruction_sets_pass_the_same_tests(name: str) -> None:
-    assert_passes_with(name, ["schema"], "test_native.py", "test_attention.py")
+    assert_passes_with(name, ["schema"], "test_native.py", "test_attention.py", "test_slot_attention.py")
 
 
 def test_an_instruction_set_that_cannot_run_here_is_refused_with_those_that_can() -> None:

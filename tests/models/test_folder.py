@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fitune.errors import InputError
 from fitune.models.folder import FolderSource
+from fitune.models.source import _sample
 
 
 @pytest.fixture
@@ -97,6 +99,32 @@ def test_fingerprint_follows_every_file_that_matters(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     assert FolderSource(folder).fingerprint() != first
+
+
+def test_identity_is_that_of_the_content_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
+    first = FolderSource(folder).identity()
+    copy = tmp_path / "elsewhere" / "under another name"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # other times, too
+    (copy / "tokenizer_config.json").write_text("{}")
+    assert FolderSource(copy).identity() == first
+    assert FolderSource(copy).fingerprint() != FolderSource(folder).fingerprint()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert FolderSource(copy).identity() != first
+
+
+@pytest.mark.parametrize("share", [0.0, 0.31, 0.5, 0.77, 1.0])
+def test_identity_sees_a_change_to_a_five_hundredth_of_a_file(folder: Path, share: float) -> None:
+    torch.manual_seed(0)
+    file = folder / "model-big.safetensors"
+    save_file({"model.embed_tokens.weight": torch.randn(96, 32), "more": torch.randn(2**20)}, file)
+    first = _sample(file)
+    content = bytearray(file.read_bytes())
+    length = len(content) // 500
+    start = round(share * (len(content) - length))
+    content[start : start + length] = bytes(255 - value for value in content[start : start + length])
+    file.write_bytes(content)
+    assert _sample(file) != first
 
 
 def test_all_problems_are_told_at_once(folder: Path) -> None:

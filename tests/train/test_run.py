@@ -117,6 +117,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place: Path, uninterrupted: Outc
         ["train.optimizer=adamw8bit", "lora.rank=64"],
         ["method=lora"],
         ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"],
+        ["train.compute=int8", "train.recompute=layers"],
     ],
 )
 def test_what_else_has_a_state_goes_on_too(place: Path, overrides: list[str]) -> None:

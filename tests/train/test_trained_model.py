@@ -40,7 +40,7 @@ def test_a_run_is_found_although_its_data_is_gone(tmp_path: Path) -> None:
 
 def test_an_adapter_says_what_its_base_is(tmp_path: Path) -> None:
     ours = adapter(tmp_path / "ours", base_model_name_or_path="./not-there")
-    (ours / "base.json").write_text(json.dumps({"reference": "bundled", "fingerprint": "x"}))
+    (ours / "base.json").write_text(json.dumps({"reference": "bundled", "identity": "x"}))
     assert find_trained(str(ours)).source.reference == "bundled"
     assert find_trained(str(ours)).method == "lora"
     other = adapter(tmp_path / "other", base_model_name_or_path="bundled")

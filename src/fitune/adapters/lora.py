@@ -54,7 +54,7 @@ def inject(
 def save_adapter(model: PeftModel, folder: Path, base: dict[str, str], outer: Rename | None = None) -> None:
     """Writes the adapter as PEFT does (adapter_model.safetensors, adapter_config.json) plus `base.json`.
 
-    `base` says what the adapter belongs to (`reference`, `fingerprint`); `outer` gives modules the names that they
+    `base` says what the adapter belongs to (`reference`, `identity`); `outer` gives modules the names that they
     have in the model that others load (`ModelSource.outer_module`). The folder appears whole or not at all.
     """
     state = {
@@ -83,13 +83,14 @@ def read_base(folder: Path) -> dict[str, str] | None:
 def load_adapter(
     model: PreTrainedModel,
     folder: Path,
-    fingerprint: str,
+    identity: str,
     layer: LayerFactory | None = None,
     trainable: bool = False,
     inner: Rename | None = None,
 ) -> PeftModel:
     """`model` with the adapter that lies in `folder`, ours or another program's.
 
+    `identity`: of the model's source (`ModelSource.identity`).
     `inner` gives modules back the names that they have in `model` (`ModelSource.graph_module`).
     Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base.
     """
@@ -98,10 +99,10 @@ def load_adapter(
     if missing:
         raise InputError(f"no adapter here: {' and '.join(missing)} missing", where=folder)
     base = read_base(folder)
-    if base is not None and base["fingerprint"] != fingerprint:
+    if base is not None and base.get("identity", identity) != identity:
         raise InputError(
-            f"this adapter was trained on {base['reference']!r} (fingerprint {base['fingerprint']}), not on the "
-            f"model given (fingerprint {fingerprint}); give the same model",
+            f"this adapter was trained on {base['reference']!r} (weights {base['identity']}), not on the model given "
+            f"(weights {identity}); give the same model, from wherever",
             where=folder,
         )
     with under_graph_names(folder, inner) as place:

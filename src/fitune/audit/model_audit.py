@@ -227,7 +227,7 @@ class _Audit:
     def _adapter(self, ours: FusedModel, exact: PeftModel) -> None:
         assert ours.adapted is not None
         folder = self.place / "adapter"
-        save_adapter(ours.adapted, folder, {"reference": "tiny", "fingerprint": self.source.fingerprint()})
+        save_adapter(ours.adapted, folder, {"reference": "tiny", "identity": self.source.identity()})
         expected = _logits(ours.graph, self.batch)
         exact.save_pretrained(self.place / "theirs")
         again = PeftModel.from_pretrained(self._their_base(torch.float32), str(self.place / "theirs")).eval()
@@ -237,7 +237,7 @@ class _Audit:
             loaded = PeftModel.from_pretrained(self._their_base(torch.float32), str(folder)).eval()
             self._hold("adapter in PEFT", _logits(loaded, self.batch), expected)
         graph = build_dense(self.source, torch.float32, trainable=False)
-        load_adapter(graph, self.place / "theirs", self.source.fingerprint(), fused_lora_layer)
+        load_adapter(graph, self.place / "theirs", self.source.identity(), fused_lora_layer)
         self._hold("adapter from PEFT", _logits(graph.eval(), self.batch), expected)
 
     def _generation(self, ours: FusedModel, exact: PeftModel) -> None:

@@ -201,9 +201,10 @@ class TrainSettings(Section):
         default="none",
         description="layers computes each layer again in the backward pass: less memory, a third more time",
     )
-    compute: Literal["auto", "bfloat16", "float32"] = Field(
+    compute: Literal["auto", "bfloat16", "float32", "int8"] = Field(
         default="auto",
-        description="Number format of the products; auto takes bfloat16 where the machine computes with it",
+        description="Number format of the products; auto: bfloat16 where the machine computes with it; int8: frozen "
+        "weights in 8-bit integers while training (quicker, less exact), all else as bfloat16",
     )
     validate_every_steps: Count | None = Field(
         default=None,
@@ -287,6 +288,18 @@ def _conflicts(config: RunConfig) -> Iterable[Conflict]:
                 ("method",),
                 "method full has no adapter; remove this, or take method lora or qlora",
             )
+        if train.compute == "int8":
+            yield Conflict(
+                "train.compute",
+                ("method",),
+                "int8 is for frozen weights, and method full has none; take auto, or method lora or qlora",
+            )
+    if train.compute == "int8" and config.lora.dropout > 0:
+        yield Conflict(
+            "train.compute",
+            ("lora.dropout",),
+            "int8 does not cover dropout; take auto, or lora.dropout 0",
+        )
     if train.steps is not None and "epochs" in train.model_fields_set:
         yield Conflict("train.steps", ("train.epochs",), "given together with train.epochs; keep one of them")
     if train.validate_every_steps is not None and data.validation is None:

@@ -159,15 +159,15 @@ def _uncovered(config: dict[str, Any]) -> list[str]:
 
 
 def _other_base(folder: Path, config: dict[str, Any], source: ModelSource) -> list[str]:
-    """Why this adapter belongs to another base; a fingerprint stored beside it decides."""
+    """Why this adapter belongs to another base; the identity stored beside it decides."""
     way_out = "give the base it was trained on"
     if (folder / BASE).is_file():
         written = _read_json(folder / BASE)
-        if written.get("fingerprint") == source.fingerprint():
+        if written.get("identity") == source.identity():
             return []
         return [
-            f"{BASE}: trained on {written.get('reference')!r} with fingerprint {written.get('fingerprint')}, "
-            f"but {source.reference!r} has {source.fingerprint()}: another model, or its files changed; "
+            f"{BASE}: trained on {written.get('reference')!r} with weights {written.get('identity')}, "
+            f"but {source.reference!r} has {source.identity()}: another model, or its weights changed; "
             f"{way_out}"
         ]
     name = config.get("base_model_name_or_path")

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from fitune.fuse.attention_part import AttentionForm, AttentionPart, CachedCall, LayerCall, Saved
 from fitune.fuse.gated_mlp import FusedGatedMLP, GatedMLPPart
-from fitune.fuse.lora_linear import covered_all
+from fitune.fuse.layer_step import SlotLike, packed_step, slots_of
+from fitune.fuse.lora_linear import Covered, covered_all
 from fitune.fuse.lora_product import Factors, SharedProduct
 from fitune.fuse.norm import FusedNorm
 from fitune.kernels import contract
+from fitune.kernels.decode_native import DecodeLayer
+from fitune.quant.nf4 import DYNAMIC_MAP
 
 # Arguments of a layer that may have any value here: they say what its other arguments already do.
 _IDLE = {"position_ids", "cache_position", "use_cache", "position_embeddings"}
@@ -86,6 +89,9 @@ class FusedLayer:
         """hidden_states [B, T, C] -> [B, T, C]."""
         given = _given(kwargs)
         cached = "past_key_values" in given <= _CACHED and self.continues and not torch.is_grad_enabled()
+        stepped = self._stepped(hidden_states, kwargs) if cached and not args else None
+        if stepped is not None:
+            return stepped
         parts = covered_all(self.linears) if not args and (cached or given == {"documents"}) else None
         if parts is None:
             return self.original(hidden_states, *args, **kwargs)
@@ -110,6 +116,29 @@ class FusedLayer:
     def continues(self) -> bool:
         """Whether the layer knows its place in a key-value cache."""
         return isinstance(getattr(self.attention.module, "layer_idx", None), int)
+
+    def _stepped(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """One new token of each row [B, 1, C] in a native call; None where the cache or layer is not made for it."""
+        rows, tokens, width = hidden_states.shape
+        slots = slots_of(kwargs["past_key_values"]) if tokens == 1 else None
+        if slots is None:
+            return None
+        turning = kwargs.get("position_embeddings")
+        cos, sin = (None, None) if turning is None else self.positions.of(turning, rows, tokens)
+        place = self.attention.module.layer_idx
+        if place not in slots.kept:
+            parts = covered_all(self.linears)
+            half = 0 if cos is None else cos.shape[1]
+            slots.kept[place] = None if parts is None else self._step(parts, hidden_states.dtype, half, slots)
+        step: DecodeLayer | None = slots.kept[place]
+        if step is None:
+            return None
+        out = step.step(hidden_states.view(rows, width), cos, sin, slots.columns, slots.shared, DYNAMIC_MAP)
+        return out.view(rows, tokens, width)
+
+    def _step(self, parts: Covered, dtype: torch.dtype, half: int, slots: SlotLike) -> DecodeLayer | None:
+        attending, feeding = self.products(*parts, dtype)
+        return packed_step(self, [*attending, *feeding], dtype, half, slots)
 
     def _continued(
         self, x: Tensor, call: CachedCall, bases: Sequence[tuple[nn.Linear, float]], factors: Factors

@@ -23,6 +23,9 @@ _VARIANTS = (
     "mica", "kasa_config", "lora_bias", "fan_in_fan_out", "use_qalora",
 )  # fmt: skip
 
+# (base, scaling) of each layer, and all A and B in order.
+Covered = tuple[list[tuple[nn.Linear, float]], list[Tensor | None]]
+
 
 class FusedLoraLinear(PeftLinear):
     """y = x W^T + b + s (x A^T) B^T as one autograd node that saves x and x A^T only."""
@@ -65,6 +68,8 @@ def fused_lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs
 def covered(layer: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, float] | None:
     """Base, A, B and scaling of a projection; None where the fused passes do not cover it as it is now."""
     if isinstance(layer, FusedLoraLinear):
+        if layer.disable_adapters and not layer.merged:
+            return layer.get_base_layer(), None, None, 1.0
         adapter = layer.adapter_in_use()
         return None if adapter is None else (layer.get_base_layer(), *layer.factors(adapter))
     if isinstance(layer, QuantisedLinear) or (type(layer) is nn.Linear and not layer.weight.requires_grad):
@@ -72,9 +77,7 @@ def covered(layer: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, 
     return None
 
 
-def covered_all(
-    layers: Sequence[nn.Module],
-) -> tuple[list[tuple[nn.Linear, float]], list[Tensor | None]] | None:
+def covered_all(layers: Sequence[nn.Module]) -> Covered | None:
     """(base, scaling) of each layer and all A and B in order; None where one of the layers is not covered."""
     bases: list[tuple[nn.Linear, float]] = []
     factors: list[Tensor | None] = []

@@ -1,7 +1,8 @@
 """Frozen linear layers of one input with their LoRA updates as plain arithmetic, without autograd.
 
 y = x W^T + b + s (x A^T) B^T for each of them. The fused modules are made of these; W is reached through its lease,
-and stays in its 4 bits where the kernels decode it on the way.
+and stays in its 4 bits where the kernels decode it on the way. Where the layers have forms for it (int8_form.py),
+the products with W are computed in 8-bit integers; the adapters' parts are floating point always.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fitune.kernels import products
+from fitune.fuse.int8_form import ColumnPeaks, Int8Form, forms_of, peaks_of
+from fitune.kernels import int8_products, products
 from fitune.quant.linear import QuantisedLinear
 from fitune.quant.nf4 import DYNAMIC_MAP
 
@@ -30,12 +32,16 @@ class SharedProduct:
         scalings: s of each.
         factors: A and B of each in turn, s already in B.
         backend: which kernels run.
+        forms: of each layer, for products in integers; empty for floating point.
+        peaks: is told of the inputs; None: nobody asks.
     """
 
     bases: tuple[nn.Linear, ...]
     scalings: tuple[float, ...]
     factors: list[Tensor | None]
     backend: str
+    forms: tuple[Int8Form, ...] = ()
+    peaks: ColumnPeaks | None = None
 
     @classmethod
     def of(
@@ -46,23 +52,40 @@ class SharedProduct:
         for (_, scaling), a, b in zip(layers, factors[::2], factors[1::2], strict=True):
             made.append(None if a is None else a.detach().to(dtype))
             made.append(None if b is None else (b.detach() * scaling).to(dtype))
-        return cls(tuple(base for base, _ in layers), tuple(scaling for _, scaling in layers), made, backend)
+        bases, scalings = tuple(base for base, _ in layers), tuple(scaling for _, scaling in layers)
+        return cls(bases, scalings, made, backend, forms_of(bases), peaks_of(bases))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """x [M, K] -> of each layer y [M, N], and u = x A^T [M, R], which the backward pass wants."""
-        with self._held(x.dtype) as (frozen, offsets):
-            widths = [base.out_features for base in self.bases]
-            made = products.frozen_product(x, frozen, offsets, widths, self.factors, _table(x), self.backend)
+        if self.peaks is not None:
+            self.peaks.note(self.bases, x)
+        with self.held(x.dtype) as (frozen, offsets):
+            if self.forms and self.forms[0].forward:
+                scales, columns = [form.scales for form in self.forms], [form.columns for form in self.forms]
+                made = int8_products.int8_product(
+                    x, frozen, offsets, scales, columns, self.forms[0].outliers, self.factors, _table(x),
+                    int8_products.BLOCK, self.backend,
+                )  # fmt: skip
+            else:
+                widths = [base.out_features for base in self.bases]
+                made = products.frozen_product(x, frozen, offsets, widths, self.factors, _table(x), self.backend)
         return made[: len(self.bases)], made[len(self.bases) :]
 
     def grad_input(self, grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Of each layer the grad of y [M, N] -> grad of x [M, K], and of each layer v = s grad B [M, R]."""
         grads = list(grads)
-        with self._held(grads[0].dtype) as (frozen, offsets):
+        with self.held(grads[0].dtype) as (frozen, offsets):
             depth = self.bases[0].in_features
-            grad_x, *vs = products.frozen_product_backward(
-                grads, frozen, offsets, depth, self.factors, _table(grads[0]), self.backend
-            )
+            if self.forms and self.forms[0].backward:
+                scales = [form.scales for form in self.forms]
+                grad_x, *vs = int8_products.int8_product_backward(
+                    grads, frozen, offsets, scales, depth, self.factors, _table(grads[0]), int8_products.BLOCK,
+                    self.backend,
+                )  # fmt: skip
+            else:
+                grad_x, *vs = products.frozen_product_backward(
+                    grads, frozen, offsets, depth, self.factors, _table(grads[0]), self.backend
+                )
         return grad_x, vs
 
     def grad_adapters(
@@ -81,7 +104,7 @@ class SharedProduct:
         return made
 
     @contextmanager
-    def _held(self, dtype: torch.dtype) -> Iterator[tuple[list[Tensor | None], list[float]]]:
+    def held(self, dtype: torch.dtype) -> Iterator[tuple[list[Tensor | None], list[float]]]:
         """The frozen tensors as the operators take them; valid inside."""
         frozen: list[Tensor | None] = []
         offsets: list[float] = []

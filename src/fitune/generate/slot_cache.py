@@ -9,10 +9,13 @@ can leave and another take its slot at any time, and a prefix that all prompts s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from fitune.errors import FituneError
 
 
 class SlotLayer(DynamicLayer):
@@ -51,6 +54,9 @@ class SlotCache(Cache):
     Attributes:
         active: how many slots are in use; they are the first ones, always without gaps.
         length: the columns of the longest active row, the new token's included.
+        columns: where each active row's new token goes [active].
+        shared: how many first columns are the same in all slots.
+        kept: what the model's parts keep for as long as the cache lives.
     """
 
     def __init__(self, like: Cache, rows: int, capacity: int) -> None:
@@ -58,7 +64,9 @@ class SlotCache(Cache):
         self.capacity = capacity
         self.active = 0
         self.length = 1
-        self._columns = torch.zeros(0, dtype=torch.long)
+        self.columns = torch.zeros(0, dtype=torch.long)
+        self.shared = 0
+        self.kept: dict[Any, Any] = {}
         self._lines: dict[int, Tensor] = {}
         super().__init__(layers=[SlotLayer(self, layer.keys, layer.values) for layer in like.layers])
 
@@ -67,6 +75,7 @@ class SlotCache(Cache):
         for mine, theirs in zip(self.layers, prefix.layers, strict=True):
             mine.keys[:, :, :tokens] = theirs.keys[:, :, :tokens]
             mine.values[:, :, :tokens] = theirs.values[:, :, :tokens]
+        self.shared = tokens
 
     def admit(self, filled: Cache, first_slot: int, start: int) -> None:
         """Copies the columns from `start` on of all rows of `filled` into the slots from `first_slot` on."""
@@ -86,13 +95,15 @@ class SlotCache(Cache):
         """Says at which column each active row writes its new token; call before every forward."""
         self.active = len(columns)
         self.length = max(columns) + 1
-        self._columns = torch.tensor(columns, dtype=torch.long)
+        if self.active > self.rows or self.length > self.capacity:
+            raise FituneError(f"{self.active} rows of up to {self.length} tokens in {self.rows} of {self.capacity}")
+        self.columns = torch.tensor(columns, dtype=torch.long)
         self._lines.clear()
 
     def lines(self, heads: int) -> Tensor:
         """Where the new columns lie in the slots flattened to [B * K * capacity, D]: [n * K] int64."""
         if heads not in self._lines:
             slot_heads = torch.arange(self.active * heads).view(self.active, heads)
-            lines = slot_heads * self.capacity + self._columns.unsqueeze(1)
+            lines = slot_heads * self.capacity + self.columns.unsqueeze(1)
             self._lines[heads] = lines.flatten().to(self.layers[0].device)
         return self._lines[heads]

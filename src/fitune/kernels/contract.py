@@ -104,3 +104,24 @@ def attention_backward(
     scale: float, cap: float,
 ) -> Any:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_operator(
+    "slot_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor columns, int shared, "
+    "int window, float scale, float cap, str backend) -> Tensor"
+)
+def slot_attention_(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, columns: Tensor, shared: int, window: int,
+    scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    """One new token a row, q [n, H, D], k and v [n, K, D], over the slots `keys`, `values` [slots, K, capacity, D].
+
+    k and v of row i are written to column columns[i] (int64) of slot i; it attends to the columns up to there.
+    The first `shared` columns hold the same in every slot.
+    """
+    return q.new_empty(q.shape)
+
+
+@_operator("add_scaled(Tensor x, Tensor y, float scale, str backend) -> Tensor")
+def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape)

@@ -13,7 +13,6 @@ from torch import Tensor
 from fitune.kernels import native, products_native
 from fitune.kernels.segments import address, check_gradient, ranks, rows_of, scratch, segments
 
-_ABI = 5  # of the library that has these products
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _RECODED = struct.Struct("=qq")  # FituneInt8Segment: scales, outlier_columns
 
@@ -36,7 +35,7 @@ class _Products(products_native._Products):
 def _products() -> _Int8Products | None:
     """The functions; None where the library or its instruction set has none."""
     found = products_native._products()
-    if native.ABI < _ABI or found is None:
+    if found is None:
         return None
     return ctypes.cast(ctypes.pointer(found), ctypes.POINTER(_Products)).contents.int8.contents
 

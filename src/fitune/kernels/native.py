@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 4
+ABI = 6
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rotate": (_P, _I, _L, _L, _L, _L, _L, _L, _P, _P, _I, _P, _I),
     "attention": (*_HEADS, _P, _P, _P, _I),
     "attention_backward": (*_HEADS, _P, _P, _P, _P, _P, _P, _L, _P, _I),
+    "slot_attention": (_P, _P, _P, _I, _L, _L, _L, _L, _P, _P, _L, _P, _L, _L, _F, _F, _P, _I),
+    "add_scaled": (_P, _P, _I, _L, _F, _P, _I),
 }
 
 
@@ -61,9 +63,12 @@ class NativeStatus:
 
 @functools.cache
 def _load() -> tuple[_Table | None, NativeStatus, Any]:
-    path = Path(__file__).with_name("libfitune_kernels.so")
+    elsewhere = os.environ.get("FITUNE_KERNELS_LIBRARY")  # as `make sanitise` builds one
+    path = Path(__file__).with_name("libfitune_kernels.so") if elsewhere is None else Path(elsewhere)
     if not path.is_file():
         reason = "not built: no C++ compiler was found when fitune was installed"
+        if elsewhere is not None:
+            reason = f"FITUNE_KERNELS_LIBRARY={elsewhere} is not a file"
         return None, NativeStatus(False, None, reason, None), None
     try:
         library = ctypes.CDLL(str(path))
@@ -85,6 +90,8 @@ def _load() -> tuple[_Table | None, NativeStatus, Any]:
         return None, NativeStatus(False, None, reason, str(path)), None
     name = wanted or available[0]
     why = "chosen by FITUNE_INSTRUCTION_SET" if wanted else f"best of {', '.join(available)}"
+    if elsewhere is not None:
+        why += ", from the library that FITUNE_KERNELS_LIBRARY names"
     return library.fitune_kernels(name.encode()).contents, NativeStatus(True, name, why, str(path)), library
 
 
@@ -291,3 +298,34 @@ def attention_backward(
         split, _pointer(workspace), threads,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
+
+
+def slot_attention_(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, columns: Tensor, shared: int, window: int,
+    scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    rows, heads, width = q.shape
+    slots, kv_heads, capacity, _ = keys.shape
+    if k.shape != (rows, kv_heads, width) or v.shape != k.shape or heads % kv_heads or rows > slots:
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}: {slots} slots")
+    if rows and (int(columns.min()) < shared or int(columns.max()) >= capacity or shared < 0):
+        raise IndexError(f"columns {columns.tolist()} in slots of {capacity}, the first {shared} of them shared")
+    out = torch.empty_like(q)
+    slot_shape = (slots, kv_heads, capacity, width)
+    _table().slot_attention(
+        _pointer(q), _pointer(k, q.dtype), _pointer(v, q.dtype), KINDS[q.dtype], rows, heads, kv_heads, width,
+        _pointer(keys, q.dtype, slot_shape), _pointer(values, q.dtype, slot_shape), capacity,
+        _pointer(columns, torch.int64, (rows,)), shared, window, scale, cap, _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x)
+    _table().add_scaled(
+        _pointer(x), _pointer(y, x.dtype, x.shape), KINDS[x.dtype], x.numel(), scale, _pointer(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out

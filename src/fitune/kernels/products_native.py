@@ -13,7 +13,6 @@ from torch import Tensor
 from fitune.kernels import native
 from fitune.kernels.segments import MOST_SEGMENTS, address, check_gradient, ranks, rows_of, scratch, segments
 
-_ABI = 4  # of the library that has these products
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 # FituneAdapterGradient: p, q, p_stride, q_stride, r, c, scale, out, transposed, accumulate
 _GRADIENT = struct.Struct("=qqqqqqdqqq")
@@ -36,7 +35,7 @@ class _Table(native._Table):
 @functools.cache
 def _products() -> _Products | None:
     """The functions; None where the library or its instruction set has none."""
-    if native.ABI < _ABI or not native.status().available:
+    if not native.status().available:
         return None
     table = ctypes.cast(ctypes.pointer(native._table()), ctypes.POINTER(_Table)).contents
     return table.products.contents if table.products else None

@@ -171,3 +171,23 @@ def attention_backward(
             each = torch.einsum("hls,lhd->shd", part, other)
             into[row].index_add_(0, keys, each.unflatten(1, (-1, group)).sum(2))
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def slot_attention_(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, columns: Tensor, shared: int, window: int,
+    scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    out = torch.empty_like(q)
+    for row, column in enumerate(columns.tolist()):
+        keys[row, :, column], values[row, :, column] = k[row], v[row]
+        seen = slice(max(0, column + 1 - window) if window else 0, column + 1)
+        own_keys, own_values = keys[row, :, seen].transpose(0, 1), values[row, :, seen].float()
+        everything = torch.ones(1, own_keys.shape[0], dtype=torch.bool, device=q.device)
+        weights = _scores(q[row : row + 1], own_keys, everything, scale, cap).softmax(-1)
+        group = q.shape[1] // k.shape[1]
+        out[row] = torch.einsum("hls,hsd->lhd", weights, own_values.repeat_interleave(group, 0))[0].to(out.dtype)
+    return out
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    return (x.float() + scale * y.float()).to(x.dtype)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
     from fitune.quant.nf4 import NF4Weight
 
+# What `identity` reads: beginnings, which hold the headers of GGUF and safetensors files, and pieces of the rest.
+_WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin"}
+_BEGINNING_BYTES, _PIECES, _PIECE_BYTES = 2**16, 1024, 512
+
 Kind = Literal["folder", "hub", "gguf", "bundled", "preset"]
 
 
@@ -123,7 +127,7 @@ class ModelSource(ABC):
     def fingerprint(self) -> str:
         """A key of 32 hex digits from the kind and every file's resolved name, size and modification time.
 
-        Instant, because no content is read: a copy of the same model elsewhere has another fingerprint.
+        It changes with every change to a file; a copy of the same model elsewhere has another. See `identity`.
         """
         digest = hashlib.sha256(self.kind.encode())
         for file in sorted(path.resolve() for path in self.files()):
@@ -131,5 +135,28 @@ class ModelSource(ABC):
             digest.update(f"\0{file}\0{found.st_size}\0{found.st_mtime_ns}".encode())
         return digest.hexdigest()[:32]
 
+    def identity(self) -> str:
+        """A key of 32 hex digits from what is in the weights and config.json: the same wherever a copy of them lies.
+
+        Quick at any size: a file's beginning and some pieces spread over the rest stand for all of it.
+        """
+        digest = hashlib.sha256()
+        wanted = [path for path in self.files() if path.suffix in _WEIGHT_SUFFIXES or path.name == "config.json"]
+        for file in sorted(wanted, key=lambda path: path.name):
+            digest.update(_sample(file))
+        return digest.hexdigest()[:32]
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.reference!r})"
+
+
+def _sample(file: Path) -> bytes:
+    """Of a file's content, 32 bytes that stand for it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as handle:
+        digest.update(handle.read(_BEGINNING_BYTES))
+        for piece in range(1, _PIECES + 1):
+            handle.seek(max(0, piece * size // _PIECES - _PIECE_BYTES))
+            digest.update(handle.read(_PIECE_BYTES))
+    return digest.digest()

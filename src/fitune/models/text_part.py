@@ -144,6 +144,9 @@ class TextPart(ModelSource):
     def fingerprint(self) -> str:
         return hashlib.sha256(f"text part of {self.whole.fingerprint()}".encode()).hexdigest()[:32]
 
+    def identity(self) -> str:
+        return self.whole.identity()
+
 
 def _split(names: list[str]) -> tuple[dict[str, str], list[str]]:
     """Text name -> name in the checkpoint, and the names of the rest."""

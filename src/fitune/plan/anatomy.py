@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune.adapters.targets import target_names
 from fitune.config.schema import RunConfig
+from fitune.fuse.int8_calibration import OUTLIERS
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
 from fitune.models.graph import build_graph, expert_counts, head_name, parameter_dtype, quantised_names
 
@@ -52,12 +53,14 @@ class Anatomy:
 
     Attributes:
         frozen_bytes: weights that do not learn, and buffers.
+        int8_bytes: what is kept beside them for products in int8.
         trained: shape -> how many trained tensors have it; all are float32.
         expert_counts: how many experts its mixtures have.
         layers: its decoder layers.
     """
 
     frozen_bytes: int
+    int8_bytes: int
     trained: Counter[tuple[int, ...]]
     expert_counts: frozenset[int]
     layers: Layers
@@ -98,7 +101,8 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         rows, columns = _features(graph.get_submodule(name))
         trained[run.lora.rank, columns] += 1
         trained[rows, run.lora.rank] += 1
-    return Anatomy(frozen, trained, expert_counts(config), _layers(graph, None if full else adapted))
+    int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
+    return Anatomy(frozen, int8, trained, expert_counts(config), _layers(graph, None if full else adapted))
 
 
 def _buffer_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
@@ -115,6 +119,13 @@ def _buffer_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
 def _nf4_bytes(elements: int) -> int:
     blocks = -(-elements // BLOCK)
     return (elements + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK)
+
+
+def _int8_bytes(graph: PreTrainedModel) -> int:
+    """Of the scales of the rows and the outliers' columns of all linear layers but the head."""
+    head = head_name(graph)
+    sizes = [_features(m) for name, m in graph.named_modules() if isinstance(m, nn.Linear) and name != head]
+    return sum(rows * (4 + 2 * min(OUTLIERS, columns)) for rows, columns in sizes)
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -97,6 +97,7 @@ def make_plan(
     workspace = step.peak - step.optimizer - saved - gradients
     memory = (
         Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
+        *((Item("int8 scales, columns", anatomy.int8_bytes, "bytes", "derived"),) if anatomy.int8_bytes else ()),
         Item("trained weights", anatomy.trained_bytes, "bytes", "derived"),
         Item("gradients", gradients, "bytes", "derived"),
         Item("optimizer states", step.optimizer, "bytes", "dry run"),
@@ -104,7 +105,7 @@ def make_plan(
         Item("workspaces, logits", workspace, "bytes", "dry run"),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
-    peak = overhead + anatomy.frozen_bytes + anatomy.trained_bytes + step.peak
+    peak = overhead + anatomy.frozen_bytes + anatomy.int8_bytes + anatomy.trained_bytes + step.peak
     seconds = 0.0
     if with_time and peak <= hardware.available_bytes + overhead:  # the probe is a real step of a few layers
         seconds = step_seconds(*arguments, step.parts) * run.train.accumulation

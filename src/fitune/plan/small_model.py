@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fitune.adapters.lora import inject
 from fitune.config.schema import RunConfig
+from fitune.fuse.int8_calibration import recode_unseen
 from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
@@ -63,6 +64,8 @@ def small_model(
     if run.train.recompute == "layers":
         graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     graph.train()
+    if run.train.compute == "int8":
+        recode_unseen(model, filled)
     return model, plain_attention
 
 

@@ -67,7 +67,8 @@ def compare_with_base(
     """
     base_model = model
     if model.adapted is None:
-        base_model = build_for_answers(find_model(config.model), "lora", choose_computation(config, detect()))
+        computation = choose_computation(config, detect(), for_training=False)
+        base_model = build_for_answers(find_model(config.model), "lora", computation)
     base = evaluate_one(base_model, source, config, samples, bar, "base", with_adapter=False)
     return base, evaluate_one(model, source, config, samples, bar, "tuned")
 

@@ -102,6 +102,11 @@ class Rows:
             batches.append(collate(samples, self.row_tokens, self.pad_id, shared))
         return batches
 
+    def first_batches(self) -> Iterator[Batch]:
+        """The micro-batches of the first epoch in order, made one by one."""
+        for step in self.epoch(0):
+            yield from self.batches(step)
+
     def steps(self, epochs: float, limit: int | None) -> Iterator[tuple[float, list[list[int]]]]:
         """(epoch as a fraction after the step, rows) for every step of the run."""
         taken, number = 0, 0

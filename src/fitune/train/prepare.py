@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from fitune.adapters.lora import inject, load_adapter
 from fitune.adapters.targets import left_without_adapter
 from fitune.config.schema import RunConfig
+from fitune.data.batch import Batch
 from fitune.errors import InputError
+from fitune.fuse.int8_calibration import calibrate
 from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.models.build import build_dense, build_quantised
@@ -21,9 +24,13 @@ from fitune.process_memory import give_back_free_memory
 
 
 def build_for_training(
-    config: RunConfig, source: ModelSource, computation: Computation, progress: Progress | None = None
-) -> FusedModel:
-    """The model of a run with a fresh adapter (or all weights trainable), in training mode."""
+    config: RunConfig, source: ModelSource, computation: Computation, progress: Progress | None = None,
+    calibration: Iterable[Batch] = (),
+) -> FusedModel:  # fmt: skip
+    """The model of a run with a fresh adapter (or all weights trainable), in training mode.
+
+    `calibration`: the run's first batches, for a computation in int8; the same ones when the run is resumed.
+    """
     dtype, backend = computation.dtype, computation.backend
     adapted, left = None, {}
     if config.method == "full":
@@ -51,7 +58,9 @@ def build_for_training(
             )
         graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     graph.train()
-    give_back_free_memory()  # of making the store and of the proofs
+    if computation.trains_in_int8:
+        calibrate(model, calibration)
+    give_back_free_memory()  # of making the store, of the proofs and of calibration
     return model
 
 
@@ -67,7 +76,7 @@ def build_for_answers(
     graph.name_or_path = source.reference
     adapted = None
     if adapter is not None:
-        adapted = load_adapter(graph, adapter, source.fingerprint(), fused_lora_layer, inner=source.graph_module)
+        adapted = load_adapter(graph, adapter, source.identity(), fused_lora_layer, inner=source.graph_module)
     model = prepare(graph, adapted, dtype, backend)
     graph.eval()
     return model

@@ -23,6 +23,7 @@ def report_of_run(folder: RunFolder, base: TaskEvaluation | None, tuned: TaskEva
     trained = [
         Fact("model", summary["model"]),
         Fact("method", summary["method"]),
+        *(Fact("computation", item["value"]) for item in plan["settings"] if item["name"] == "computation"),
         Fact("steps", f"{summary['steps']:,}"),
         Fact("tokens", f"{sum(line['tokens'] for line in steps):,}"),
         Fact("trained tokens", f"{sum(line['trained_tokens'] for line in steps):,}"),

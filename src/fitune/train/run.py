@@ -161,9 +161,12 @@ def train_run(
         start_from = _resume_point(folder, identity, resume, say)
         write_text(folder.config_file, dump(config.model_copy(update={"output": str(folder.path)})))
         folder.write_json(folder.plan_file, plan.as_dict())
-        model = build_for_training(config, prepared.source, prepared.computation, store_progress)
+        model = build_for_training(
+            config, prepared.source, prepared.computation, store_progress, prepared.rows.first_batches()
+        )
         for part, reason in model.report.left.items():
-            say(f"{'no ' if part.startswith('adapter') else 'not fused: '}{part}: {reason}")
+            lacks = {"adapter": "no ", "int8": "not in "}.get(part.split(" ")[0], "not fused: ")
+            say(f"{lacks}{part}: {reason}")
         if prepared.unpacked is not None:
             say(f"one sample a row, not packed: {prepared.unpacked}")
         elif prepared.rows.pack and not model.report.packs:
@@ -195,7 +198,7 @@ def train_run(
             )
         finally:
             board.close()
-        base = {"reference": prepared.source.reference, "fingerprint": prepared.source.fingerprint()}
+        base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
         if model.adapted is not None:
             save_adapter(model.adapted, folder.adapter, base, prepared.source.outer_module)
             digest = adapter_digest(model.adapted)
@@ -248,8 +251,9 @@ def _identity(prepared: Prepared) -> dict[str, str]:
     return {
         "config": hashlib.sha256(dump(config).encode()).hexdigest(),
         "data": data.hexdigest(),
-        "computation": f"{computation.dtype} {computation.backend} {computation.threads} threads",
-        "model": prepared.source.fingerprint(),
+        "computation": f"{computation.dtype} {computation.backend} {computation.threads} threads"
+        + (" int8" if computation.trains_in_int8 else ""),
+        "model": prepared.source.identity(),
     }
 
 

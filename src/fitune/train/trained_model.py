@@ -64,7 +64,7 @@ def find_trained(reference: str, four_bit: bool | None = None) -> TrainedModel:
     if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         return _of_run(reference, RunFolder(path), four_bit)
     method = "qlora" if four_bit else "lora"
-    computation = choose_computation(default_config(reference), detect())
+    computation = choose_computation(default_config(reference), detect(), for_training=False)
     if (path / "adapter_config.json").is_file():
         base = find_model(_base_of(path))
         return TrainedModel(reference, base, base, path, method, computation)
@@ -94,7 +94,7 @@ def default_config(model: str) -> RunConfig:
 def _of_run(reference: str, folder: RunFolder, four_bit: bool | None) -> TrainedModel:
     config = read_run_config(folder)
     method = config.method if four_bit is None else "qlora" if four_bit else "lora"
-    computation = choose_computation(config, detect())
+    computation = choose_computation(config, detect(), for_training=False)
     if (folder.adapter / "adapter_config.json").is_file():
         base = find_model(config.model)
         return TrainedModel(
