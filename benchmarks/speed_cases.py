@@ -15,9 +15,10 @@ LEARNING_RATE = 2e-4
 MAX_GRAD_NORM = 1.0  # both sides' default
 SEED = 0
 
-# The alpaca case, as users run it: our packed rows and micro-batches, the peer's padded batches.
+# The alpaca case, as users run it: our packed rows, one at a time (about as many tokens as four samples), and the
+# peer's padded batches.
 ROW_TOKENS = 1024
-MICRO_BATCH = 4
+MICRO_BATCH = 1
 PEER_BATCH_SAMPLES = 4
 SAMPLES_PER_ROUND = 48
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from speed_cases import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     MICRO_BATCH,
+    MODELS,
     PEER_BATCH_SAMPLES,
     RANK,
     ROW_TOKENS,
@@ -37,6 +40,45 @@ WEIGHT_STD = 0.02
 MAX_SHARD_BYTES = 2_000_000_000
 # More different steps than this need no batches of their own: the rows begin anew.
 DIFFERENT_STEPS = 64
+TEXT_MODEL = "smollm2-135m"  # whose tokenizer makes rows for the models that have none
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the workers of one case read.
+
+    Attributes:
+        steps: the file of the peer's steps; ours too where the rows are fixed.
+        data: the training data that the run file names.
+        adapter: the folder of the adapter that all begin with; the first worker of the peer writes it. None: our
+            side alone, which begins with a fresh one.
+    """
+
+    case: Case
+    model: Path
+    steps: Path
+    data: Path
+    adapter: Path | None
+    scratch: Path
+
+
+def prepared_inputs(
+    case: Case, cache: Path, scratch: Path, alpaca: Path | None, rounds: int, different_steps: int = DIFFERENT_STEPS
+) -> Inputs:
+    """Writes all that the workers of a case read; of fixed rows so many different steps, else samples by rounds."""
+    scratch.mkdir()
+    model = model_folder(MODELS[case.model], cache)
+    inputs = Inputs(case, model, scratch / "steps.json", scratch / "data.json", scratch / "adapter", scratch)
+    if case.has_fixed_rows:
+        write_text_rows(case, model, model_folder(MODELS[TEXT_MODEL], cache), inputs.steps, different_steps)
+        inputs.data.write_text("[]")  # the run file must name one
+    else:
+        assert alpaca is not None
+        write_some_samples(alpaca, rounds, inputs.data)
+        run_file = scratch / "peer.yaml"
+        write_run_file(case, model, inputs.data, run_file, compute="auto", recompute="none", threads=1)
+        write_padded_batches(run_file, inputs.steps)
+    return inputs
 
 
 def model_folder(model: Model, cache: Path) -> Path:
@@ -84,22 +126,29 @@ def project_text() -> str:
     return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
-def write_text_rows(case: Case, model: Path, tokenizer_of: Path, path: Path) -> None:
-    """The project's text as the steps of a case of fixed rows, one row after the other, from its start again.
+def text_pieces(model: Path, tokenizer_of: Path, piece_tokens: int) -> Iterator[list[int]]:
+    """The project's text cut into pieces of so many tokens, one after the other, from its start again.
 
     A model without a tokenizer of its own gets the ids of another one's, modulo its vocabulary.
     """
     ids = find_model(str(tokenizer_of)).tokenizer()(project_text(), verbose=False)["input_ids"]
     vocabulary = int(find_model(str(model)).config.vocab_size)
+    place = 0
+    while True:
+        yield [ids[(place + offset) % len(ids)] % vocabulary for offset in range(piece_tokens)]
+        place += piece_tokens
+
+
+def write_text_rows(
+    case: Case, model: Path, tokenizer_of: Path, path: Path, different_steps: int = DIFFERENT_STEPS
+) -> None:
+    """The project's text as the steps of a case of fixed rows."""
+    rows = text_pieces(model, tokenizer_of, case.row_tokens)
     trained = [False] + [True] * (case.row_tokens - 1)
-    steps, place = [], 0
-    for _ in range(DIFFERENT_STEPS):
-        step = []
-        for _ in range(case.rows):
-            row = [ids[(place + offset) % len(ids)] % vocabulary for offset in range(case.row_tokens)]
-            place += case.row_tokens
-            step.append({"tokens": row, "trained": trained})
-        steps.append(step)
+    steps = [
+        [{"tokens": next(rows), "trained": trained} for _ in range(case.rows)]
+        for _ in range(different_steps)
+    ]  # fmt: skip
     path.write_text(json.dumps(steps))
 
 
@@ -125,7 +174,7 @@ def write_padded_batches(run_file: Path, path: Path) -> None:
 
 
 def write_run_file(
-    case: Case, model: Path, data: Path, path: Path, *, compute: str, recompute: str, threads: int
+    case: Case, model: Path, data: Path, path: Path, *, compute: str, recompute: str, threads: int, rank: int = RANK
 ) -> None:
     """The run file of our side, as a user would write it."""
     settings = {
@@ -133,7 +182,7 @@ def write_run_file(
         "method": "qlora",
         "seed": SEED,
         "data": {"train": str(data), "max_tokens": case.row_tokens or ROW_TOKENS, "over_length": "drop"},
-        "lora": {"rank": RANK, "alpha": float(ALPHA), "dropout": 0.0, "targets": "all-linear"},
+        "lora": {"rank": rank, "alpha": float(ALPHA), "dropout": 0.0, "targets": "all-linear"},
         "train": {
             "micro_batch": case.rows or MICRO_BATCH,
             "learning_rate": LEARNING_RATE,

@@ -1,4 +1,4 @@
-"""A worker of `train_speed.py` as its parent sees it: started, asked for steps, closed; and whether it has room."""
+"""A worker as its parent sees it: started, asked for steps, closed; and whether it has room."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Worker:
     Args:
         spec: what `speed_worker.py` takes.
         scratch: a folder for its log, and for a store that is made anew (as in a first run) and removed with it.
+        environment: what its environment has besides.
 
     Attributes:
         step_tokens, computed_tokens: of every different step, its samples' tokens and those that are computed.
@@ -47,10 +48,14 @@ class Worker:
     Raises WorkerFailed.
     """
 
-    def __init__(self, spec: dict[str, Any], scratch: Path, threads: int) -> None:
+    def __init__(
+        self, spec: dict[str, Any], scratch: Path, threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._cache = Path(tempfile.mkdtemp(prefix="store-", dir=scratch))
         self._log = scratch / f"{self._cache.name}.log"
-        environment = os.environ | {
+        given = {
+            **os.environ,
+            **(environment or {}),
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -59,7 +64,7 @@ class Worker:
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(WORKER), json.dumps(spec)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=given,
             )  # fmt: skip
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -78,14 +83,14 @@ class Worker:
         """Takes the step of a number (None: the next one, from the first again after the last) -> seconds."""
         if number is None:
             number = len(self.losses) % len(self.step_tokens)
-        found = self._ask({"step": number})
+        found = self.ask({"step": number})
         self.seconds.append(found["seconds"])
         self.losses.append(found["loss"])
         return self.seconds[-1]
 
     def memory(self) -> tuple[int, int]:
         """Peak and present resident bytes of the process."""
-        found = self._ask({"memory": True})
+        found = self.ask({"memory": True})
         return found["peak_bytes"], found["resident_bytes"]
 
     def close(self) -> None:
@@ -100,7 +105,8 @@ class Worker:
             self._process.stdout.close()
         shutil.rmtree(self._cache, ignore_errors=True)
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the worker answers to a request."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from speed_cases import Case, Variant
+from speed_inputs import Inputs
 from speed_process import Worker, WorkerFailed, room_bytes
 
 # A variant that is so much slower than the best one so far is not tried any longer: after its first step, in which
@@ -40,24 +41,6 @@ class Method:
 
     def trial_steps_of(self, case: Case) -> int:
         return self.trial_steps if case.has_fixed_rows else self.trial_steps * UNLIKE_STEPS
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the workers of one case read.
-
-    Attributes:
-        steps: the file of the peer's steps; ours too where the rows are fixed.
-        data: the training data that the run file names.
-        adapter: the folder of the adapter that all begin with; the first worker of the peer writes it.
-    """
-
-    case: Case
-    model: Path
-    steps: Path
-    data: Path
-    adapter: Path
-    scratch: Path
 
 
 @dataclass(frozen=True)
@@ -136,10 +119,20 @@ def start_peer(inputs: Inputs, variant: Variant, method: Method) -> Worker:
     return Worker(spec, inputs.scratch, method.threads)
 
 
-def start_ours(inputs: Inputs, run_file: Path, method: Method) -> Worker:
-    steps = str(inputs.steps) if inputs.case.has_fixed_rows else None
-    spec = {"side": "fitune", "run_file": str(run_file), "steps": steps, "adapter": str(inputs.adapter)}
-    return Worker(spec, inputs.scratch, method.threads)
+def start_ours(
+    inputs: Inputs,
+    run_file: Path,
+    threads: int,
+    without: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Worker:
+    """`without`: the name of a part that this process does without (`speed_switches`)."""
+    spec = {
+        "side": "fitune", "run_file": str(run_file), "without": without,
+        "steps": str(inputs.steps) if inputs.case.has_fixed_rows else None,
+        "adapter": None if inputs.adapter is None else str(inputs.adapter),
+    }  # fmt: skip
+    return Worker(spec, inputs.scratch, threads, environment)
 
 
 def needed_bytes(case: Case, variant: Variant) -> float:

@@ -1,8 +1,8 @@
-"""One side of `train_speed.py` in a process of its own, driven over stdin and stdout with lines of JSON.
+"""One side of a benchmark in a process of its own, driven over stdin and stdout with lines of JSON.
 
 The first argument is a JSON object that says what to load; `{"loaded": ...}` is answered when that is done. Then
-`{"step": N}` takes the step of that number, and `{"memory": true}` tells the process's memory. Whatever the
-libraries print goes to stderr. The process ends with its stdin.
+`{"step": N}` takes the step of that number, `{"generate": true}` continues its prompts, and `{"memory": true}`
+tells the process's memory. Whatever the libraries print goes to stderr. The process ends with its stdin.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fitune.errors import InputError
 from fitune.process_memory import give_back_free_memory, peak_bytes, resident_bytes
 
 
-class Side(Protocol):
-    """What can be driven."""
+class Trainer(Protocol):
+    """What can be asked for steps."""
 
     @property
     def step_tokens(self) -> list[int]: ...
@@ -28,16 +28,24 @@ class Side(Protocol):
     def step(self, number: int) -> tuple[float, float]: ...
 
 
+class Generator(Protocol):
+    """What can be asked for continuations -> the new tokens of each prompt, seconds."""
+
+    report: dict[str, Any]
+
+    def generate(self) -> tuple[list[list[int]], float]: ...
+
+
 class Fitune:
     """Our side, from the rooms that `fitune train` uses and in its order.
 
     Args:
         run_file: what to train.
         steps: for each step its rows of {"tokens", "trained"}; None: those that the run file's data make.
-        adapter: folder of the adapter to begin with.
+        adapter: folder of the adapter to begin with; None: a fresh one.
     """
 
-    def __init__(self, run_file: Path, steps: list[Any] | None, adapter: Path) -> None:
+    def __init__(self, run_file: Path, steps: list[Any] | None, adapter: Path | None) -> None:
         from fitune.config import load
 
         config = load(run_file)  # before what takes long to import: it may refuse the settings
@@ -59,8 +67,9 @@ class Fitune:
             computation.begin()
             source = find_model(config.model)
             self._take_steps(steps, config.data.max_tokens)
-        self.model = build_for_training(config, source, computation)
-        _begin_with(self.model.adapted, adapter)
+        self.model = build_for_training(config, source, computation, calibration=self._batches(0))
+        if adapter is not None:
+            _begin_with(self.model.adapted, adapter)
         self.optimizer = make_optimizer(
             config.train.optimizer, self.model.trainable, config.train.betas, config.train.weight_decay
         )
@@ -119,24 +128,40 @@ def _begin_with(adapted: Any, folder: Path) -> None:
             fresh[name].copy_(value)
 
 
-def open_side(spec: dict[str, Any]) -> Side:
-    """{"side", "steps", "adapter", and "run_file" or "model", "variant", "threads"} -> the side, loaded."""
+def open_side(spec: dict[str, Any]) -> Trainer | Generator:
+    """What a worker is told -> its side, loaded.
+
+    {"side", "steps", "adapter"} and "run_file" and "without" (fitune), or "model", "variant" and "threads" (peer);
+    to generate {"side", "model", "prompts", "new_tokens"} and "four_bit" (fitune) or "threads" (transformers).
+    """
+    if "prompts" in spec:
+        from speed_generation import open_generator
+
+        return open_generator(spec)
     steps = None if spec["steps"] is None else json.loads(Path(spec["steps"]).read_text())
-    adapter = Path(spec["adapter"])
+    adapter = None if spec["adapter"] is None else Path(spec["adapter"])
     if spec["side"] == "fitune":
+        if spec.get("without") is not None:
+            from speed_switches import switch_off
+
+            switch_off(spec["without"])
         return Fitune(Path(spec["run_file"]), steps, adapter)
     from speed_cases import Variant
     from speed_peer import Peer
 
     assert steps is not None
+    assert adapter is not None
     return Peer(Path(spec["model"]), steps, adapter, Variant(**spec["variant"]), spec["threads"])
 
 
-def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
+def answer(side: Any, request: dict[str, Any]) -> dict[str, Any]:
     """What one request is answered with."""
     if "step" in request:
         loss, seconds = side.step(request["step"])
         return {"loss": loss, "seconds": seconds}
+    if "generate" in request:
+        tokens, seconds = side.generate()
+        return {"tokens": tokens, "seconds": seconds}
     return {"peak_bytes": peak_bytes(), "resident_bytes": resident_bytes()}
 
 
@@ -156,7 +181,8 @@ def main() -> int:
             "peak_bytes": peak_bytes(),
             "report": getattr(side, "report", {}),
         }
-        reply({"loaded": loaded, "step_tokens": side.step_tokens, "computed_tokens": side.computed_tokens})
+        counts = {name: getattr(side, name, []) for name in ("step_tokens", "computed_tokens")}
+        reply({"loaded": loaded, **counts})
         for line in sys.stdin:
             reply(answer(side, json.loads(line)))
     except InputError as error:

@@ -16,31 +16,29 @@ are those of the samples, without padding, and the rate is all tokens by all sec
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
-import signal
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
-from speed_cases import MODELS, QUICK_CASES, VARIANTS, Case, Variant, chosen_cases
-from speed_inputs import (
-    model_folder,
-    write_padded_batches,
-    write_run_file,
-    write_some_samples,
-    write_text_rows,
-)
+from speed_cases import QUICK_CASES, VARIANTS, Variant, chosen_cases
+from speed_inputs import Inputs, prepared_inputs, write_run_file
 from speed_process import WorkerFailed
+from speed_result import (
+    Clock,
+    Say,
+    add_options,
+    check_options,
+    default_computes,
+    folders,
+    give_result,
+    machine_facts,
+    title,
+    words,
+)
 from speed_rounds import (
-    Inputs,
     Method,
     NoPeer,
     PeerSide,
@@ -52,44 +50,30 @@ from speed_rounds import (
     start_peer,
 )
 
-from fitune.atomic import write_text
 from fitune.cli.output import print_table
-from fitune.config.schema import TrainSettings
 from fitune.errors import InputError
-from fitune.hardware import Hardware, detect
-from fitune.kernels import native
-from fitune.plan.computation import BFLOAT16_SETS
-from fitune.train.run import machine
+from fitune.hardware import detect
 
 ROUNDS = 5
 PEER_PACKAGES = ("bitsandbytes", "accelerate")
 COLUMNS = ("case", "compute", "tokens/s", "peer's", "ratio", "peak GB", "peer's", "ratio", "peer's variant")
-
-Say = Callable[[str], None]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options; ends with a usage message where they cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK_CASES)}, shorter trials")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--cases", type=_words, default=[], metavar="A,B", help="default: all that can be measured")
+    parser.add_argument("--cases", type=words, default=[], metavar="A,B", help="default: all that can be measured")
     parser.add_argument(
-        "--compute", type=_words, default=[], metavar="A,B",
+        "--compute", type=words, default=[], metavar="A,B",
         help="train.compute of our side (default: the best 16- or 32-bit format here, and int8 if there is one)",
     )  # fmt: skip
     parser.add_argument("--alpaca", type=Path, metavar="FILE", help="a JSON list of instructions, for case alpaca")
     parser.add_argument("--recompute", action="store_true", help="add rows of full recomputation on both sides")
     parser.add_argument("--compile", action="store_true", help="add rows of the peer under torch.compile")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed steps of each side (default {ROUNDS})")
-    parser.add_argument("--threads", type=int, default=None, help="default: what affinity and container allow")
-    parser.add_argument("--folder", type=Path, default=None, help="for checkpoints (default: the system's temporary)")
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the JSON object there too")
+    add_options(parser, ROUNDS, "timed steps of each side")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds: at least 1 is needed")
-    if options.threads is not None and options.threads < 1:
-        parser.error("--threads: at least 1 is needed")
+    check_options(parser, options)
     if options.alpaca is not None and not options.alpaca.is_file():
         parser.error(f"--alpaca: no file {options.alpaca}")
     names = options.cases or (list(QUICK_CASES) if options.quick else [])
@@ -100,52 +84,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def default_computes(hardware: Hardware) -> list[str]:
-    """What `auto` means here, and int8 where fitune knows it."""
-    known = get_args(TrainSettings.model_fields["compute"].annotation)
-    best = "bfloat16" if BFLOAT16_SETS & hardware.instruction_sets else "float32"
-    return [best, *(name for name in known if name == "int8")]
-
-
-def machine_facts(hardware: Hardware, threads: int) -> dict[str, Any]:
-    """Processor, memory, versions, and how busy the machine was before."""
-    facts = machine(hardware)
-    for name in PEER_PACKAGES:
-        try:
-            facts["packages"][name] = version(name)
-        except PackageNotFoundError as error:
-            raise InputError(f"the peer needs {name}; run: pip install {name}") from error
-    kernels = native.status()
-    return facts | {
-        "cpu": facts["processor"],
-        "threads": threads,
-        "available_bytes": hardware.available_bytes,
-        "kernels": kernels.instruction_set or kernels.reason,
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def prepared_inputs(case: Case, cache: Path, scratch: Path, alpaca: Path | None, rounds: int) -> Inputs:
-    """Writes all that the workers of a case read."""
-    scratch.mkdir()
-    model = model_folder(MODELS[case.model], cache)
-    inputs = Inputs(case, model, scratch / "steps.json", scratch / "data.json", scratch / "adapter", scratch)
-    if case.has_fixed_rows:
-        write_text_rows(case, model, model_folder(MODELS["smollm2-135m"], cache), inputs.steps)
-        inputs.data.write_text("[]")  # the run file must name one
-    else:
-        assert alpaca is not None
-        write_some_samples(alpaca, rounds, inputs.data)
-        run_file = scratch / "peer.yaml"
-        write_run_file(case, model, inputs.data, run_file, compute="auto", recompute="none", threads=1)
-        write_padded_batches(run_file, inputs.steps)
-    return inputs
-
-
 def our_row(inputs: Inputs, peer: PeerSide, method: Method, compute: str, recompute: Recompute) -> Row:
     """One row: our side started, compared with a peer that is loaded already, and closed."""
     run_file = inputs.scratch / "run.yaml"
@@ -154,7 +92,7 @@ def our_row(inputs: Inputs, peer: PeerSide, method: Method, compute: str, recomp
         compute=compute, recompute=recompute, threads=method.threads,
     )  # fmt: skip
     try:
-        ours = start_ours(inputs, run_file, method)
+        ours = start_ours(inputs, run_file, method.threads)
         try:
             return compare(inputs, ours, peer, method, compute, recompute)
         finally:
@@ -229,7 +167,6 @@ def row_cells(row: Row) -> list[str]:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     options = parse()
     hardware = detect(with_accelerators=False)
     method = Method(
@@ -237,33 +174,18 @@ def main() -> int:
         threads=options.threads or hardware.threads,
     )  # fmt: skip
     computes = options.compute or default_computes(hardware)
-    begun = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(f"[{time.perf_counter() - begun:4.0f} s] {line}", file=sys.stderr, flush=True)
-
-    facts = machine_facts(hardware, method.threads)
+    clock = Clock()
+    facts = machine_facts(hardware, method.threads, PEER_PACKAGES)
     rows: list[Row] = []
-    cache = options.folder or Path(tempfile.gettempdir()) / "fitune-train-speed"
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="run-", dir=cache) as scratch:
+    with folders(options.folder) as (cache, scratch):
         for case in options.cases:
-            inputs = prepared_inputs(case, cache, Path(scratch) / case.name, options.alpaca, options.rounds)
-            for row in rows_of(inputs, computes, options, method, say):
+            inputs = prepared_inputs(case, cache, scratch / case.name, options.alpaca, options.rounds)
+            for row in rows_of(inputs, computes, options, method, clock.say):
                 rows.append(row)
-                say("  ".join(row_cells(row)))
-    result = {
-        "rows": [row.as_json() for row in rows],
-        "machine": facts,
-        "command": shlex.join(["python", *sys.argv]),
-        "seconds": time.perf_counter() - begun,
-    }
-    if options.output is not None:
-        write_text(options.output, json.dumps(result, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(f"{facts['cpu']}, {method.threads} threads, kernels: {facts['kernels']}")
+                clock.say("  ".join(row_cells(row)))
+    give_result([row.as_json() for row in rows], facts, clock, options)
+    if not options.json:
+        print(title(facts))
         print_table(COLUMNS, [row_cells(row) for row in rows])
     return 1 if any(row.problem and not row.problem.startswith("fitune refuses") for row in rows) else 0
 

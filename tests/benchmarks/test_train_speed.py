@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import speed_inputs
 import torch
+import train_speed
+from speed_cases import CASES, MODELS, RANK, VARIANTS, chosen_cases
+from speed_process import Worker, WorkerFailed
+from speed_rounds import Row, Trial, trial_sentence, turns
+from tiny_case import TINY, TINY_CASE
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from fitune.config import load
+from fitune.models.find import find_model
 
-import speed_inputs  # noqa: E402
-import train_speed  # noqa: E402
-from speed_cases import CASES, MODELS, RANK, VARIANTS, Case, Model, chosen_cases  # noqa: E402
-from speed_process import Worker, WorkerFailed  # noqa: E402
-from speed_rounds import Row, Trial, trial_sentence, turns  # noqa: E402
-
-from fitune.config import load  # noqa: E402
-from fitune.models.find import find_model  # noqa: E402
-
-TINY = Model(
-    "tiny",
-    {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
-        "tie_word_embeddings": True,
-    },
-    "nobody's",
-)  # fmt: skip
 ROW_FIELDS = {
     "case", "compute", "speed_ratio", "memory_ratio", "tokens_per_second", "peer_tokens_per_second", "peak_bytes",
     "peer_peak_bytes", "peer_variant",
@@ -115,8 +102,7 @@ def test_the_run_file_is_one_that_fitune_reads(tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text("[]")
     path = tmp_path / "run.yaml"
-    case = Case("tiny", "tiny", 2, 64, 0, 0)
-    speed_inputs.write_run_file(case, tmp_path, data, path, compute="float32", recompute="layers", threads=1)
+    speed_inputs.write_run_file(TINY_CASE, tmp_path, data, path, compute="float32", recompute="layers", threads=1)
     config = load(path)
     assert (config.lora.rank, config.train.recompute, config.train.micro_batch) == (RANK, "layers", 2)
 
@@ -136,9 +122,8 @@ def test_alpaca_samples_are_the_same_every_time(tmp_path: Path) -> None:
 def test_a_worker_says_that_fitune_refuses(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[]")
     run_file = tmp_path / "run.yaml"
-    case = Case("tiny", "tiny", 2, 64, 0, 0)
     speed_inputs.write_run_file(
-        case, tmp_path, tmp_path / "data.json", run_file, compute="int3", recompute="none", threads=1
+        TINY_CASE, tmp_path, tmp_path / "data.json", run_file, compute="int3", recompute="none", threads=1
     )
     spec = {"side": "fitune", "run_file": str(run_file), "steps": None, "adapter": str(tmp_path)}
     with pytest.raises(WorkerFailed, match=r"train\.compute") as failed:

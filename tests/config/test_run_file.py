@@ -349,6 +349,11 @@ evaluate:
     ("text", "told"),
     [
         ("method: full\nlora:\n  rank: 8\n", "line 5: lora.rank: method full has no adapter"),
+        ("method: full\ntrain:\n  compute: int8\n", "line 5: train.compute: int8 is for frozen weights"),
+        (
+            "train:\n  compute: int8\nlora:\n  dropout: 0.1\n",
+            "line 4: train.compute: int8 does not cover dropout",
+        ),
         ("train:\n  steps: 5\n  epochs: 2\n", "line 4: train.steps: given together with train.epochs"),
         (
             "train:\n  validate_every_steps: 5\n",

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from fitune.audit.tiny_configs import tiny_config
 from fitune.audit.tiny_settings import LAYERS
 from fitune.config.schema import RunConfig
+from fitune.data.collation import collate
 from fitune.models.folder import FolderSource
 from fitune.plan.anatomy import Anatomy, Layers, read_anatomy
 from fitune.plan.computation import Computation
@@ -20,7 +21,7 @@ from fitune.plan.dry_run import Shape, StepMemory, step_memory
 from fitune.plan.live_bytes import LiveBytes
 from fitune.step.optimizer import make_optimizer
 from fitune.train.prepare import build_for_training
-from tiny_models import BACKEND
+from tiny_models import BACKEND, random_samples
 
 ROWS, TOKENS, TRAINED = 2, 96, 70
 SHAPE = Shape(ROWS, TOKENS, TOKENS // 2, TRAINED)
@@ -48,10 +49,9 @@ def config_of(model_type: str, layers: int = 8) -> PretrainedConfig:
     return type(tiny)(**{name: value for name, value in {**known, **wider, **deeper}.items() if name not in unwanted})
 
 
-def run_of(method: str, recompute: str = "none") -> RunConfig:
-    return RunConfig.model_validate(
-        {"model": "tiny", "method": method, "data": {"train": "a"}, "train": {"recompute": recompute}}
-    )
+def run_of(method: str, recompute: str = "none", compute: str = "auto") -> RunConfig:
+    train = {"recompute": recompute, "compute": compute}
+    return RunConfig.model_validate({"model": "tiny", "method": method, "data": {"train": "a"}, "train": train})
 
 
 def planned(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -> tuple[Anatomy, StepMemory]:
@@ -63,10 +63,14 @@ def real(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype, folder: P
     """Bytes of the model as `train` builds it, and of its second step, counted while it runs."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
-    model = build_for_training(run, FolderSource(folder), Computation(dtype, BACKEND, 1, "a test"))
+    computation = Computation(dtype, BACKEND, 1, "a test", run.train.compute == "int8")
+    batch = collate([random_samples([TOKENS])], TOKENS, 0)
+    model = build_for_training(run, FolderSource(folder), computation, calibration=[batch])
     found = {"trained": sum(p.numel() * p.element_size() for p in model.trainable)}
     held = (*model.graph.parameters(), *model.graph.buffers())
     found["frozen"] = sum(value.numel() * value.element_size() for value in held) - found["trained"]
+    forms = [form for module in model.graph.modules() if (form := vars(module).get("int8_form")) is not None]
+    found["int8"] = sum(form.size_bytes for form in forms)
     tokens = torch.randint(700, 1400, (ROWS, TOKENS))
     positions = (torch.arange(TOKENS) % (TOKENS // 2)).expand(ROWS, -1)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
@@ -99,6 +103,16 @@ def test_planned_bytes_are_the_real_ones(
     found = real(run, config, dtype, tmp_path / "model")
     assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
     assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
+    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
+    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+
+
+def test_planned_bytes_of_int8_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    run, config, dtype = run_of("qlora", compute="int8"), config_of("llama"), torch.bfloat16
+    anatomy, memory = planned(run, config, dtype)
+    found = real(run, config, dtype, tmp_path / "model")
+    assert anatomy.int8_bytes == found["int8"] > 0
     assert memory.saved == pytest.approx(found["saved"], rel=0.05)
     assert memory.peak == pytest.approx(found["peak"], rel=0.05)
 
