@@ -22,6 +22,7 @@ def test_the_curves_go_where_they_should() -> None:
     assert found["tokens"][8192] == found["length"][256]
 
 
+@pytest.mark.slow
 def test_a_point_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     point = cost_curves.Point(2, 64, 8, 1)
     figures = cost_curves.measured(point, tiny_inputs(tmp_path), "float32", 1)
