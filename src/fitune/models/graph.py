@@ -235,3 +235,12 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor, trainable: b
         module._parameters[leaf] = nn.Parameter(value, requires_grad=trainable)
     else:
         module._buffers[leaf] = value
+
+
+def recompute_layers(graph: PreTrainedModel) -> None:
+    """Has every layer computed again in the backward pass. Raises InputError for a model that cannot."""
+    if not graph.supports_gradient_checkpointing:
+        raise InputError(
+            f"{type(graph).__name__} cannot compute its layers again; set it to none", where="train.recompute"
+        )
+    graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

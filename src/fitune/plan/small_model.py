@@ -19,6 +19,7 @@ from fitune.models.graph import (
     head_name,
     parameter_dtype,
     quantised_names,
+    recompute_layers,
     set_quantised,
     use_plain_experts,
 )
@@ -62,7 +63,7 @@ def small_model(
     plain_attention = graph.config._attn_implementation
     model = prepare(graph, adapted, dtype, backend, proofs=False)
     if run.train.recompute == "layers":
-        graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(graph)
     graph.train()
     if run.train.compute == "int8":
         recode_unseen(model, filled)

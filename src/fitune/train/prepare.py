@@ -11,12 +11,11 @@ from fitune.adapters.lora import inject, load_adapter
 from fitune.adapters.targets import left_without_adapter
 from fitune.config.schema import RunConfig
 from fitune.data.batch import Batch
-from fitune.errors import InputError
 from fitune.fuse.int8_calibration import calibrate
 from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.models.build import build_dense, build_quantised
-from fitune.models.graph import head_name
+from fitune.models.graph import head_name, recompute_layers
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress
 from fitune.plan.computation import Computation
@@ -52,11 +51,7 @@ def build_for_training(
     model = prepare(graph, adapted, dtype, backend)
     model.report.left.update({f"adapter ({layers})": reason for layers, reason in left.items()})
     if config.train.recompute == "layers":
-        if not graph.supports_gradient_checkpointing:
-            raise InputError(
-                f"{type(graph).__name__} cannot compute its layers again; set it to none", where="train.recompute"
-            )
-        graph.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(graph)
     graph.train()
     if computation.trains_in_int8:
         calibrate(model, calibration)
