@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { FITUNE_ABI = 6 };
+enum { FITUNE_ABI = 7 };
 enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
 enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
 
@@ -146,9 +146,10 @@ typedef struct FituneKernels {
   void (*rms_norm)(const void *x, const void *weight, int kind, int64_t m, int64_t c, float eps, float shift,
                    void *out, float *rstd, int threads);
 
-  /* grad_x of the same, from x and rstd. */
-  void (*rms_norm_backward)(const void *grad_out, const void *x, const void *weight, const float *rstd, int kind,
-                            int64_t m, int64_t c, float shift, void *grad_x, int threads);
+  /* grad_x of the same, from x and rstd; `residual` [M, C] (may be null) is added to it. */
+  void (*rms_norm_backward)(const void *grad_out, const void *x, const void *weight, const float *rstd,
+                            const void *residual, int kind, int64_t m, int64_t c, float shift, void *grad_x,
+                            int threads);
 
   /* out = activation(gate) * up, element by element, n elements. */
   void (*gated_activation)(const void *gate, const void *up, int kind, int activation, int64_t n, void *out,
@@ -167,7 +168,8 @@ typedef struct FituneKernels {
 
   /* x [tokens, heads, D] with row stride `stride`, rotated in the first 2 * half columns of every head by the
    * angles of its position: (a, b) -> (a cos - b sin, b cos + a sin), a = x[i], b = x[i + half].
-   * cos, sin [tokens, half] float32. `inverse` turns the other way (the gradient). out [tokens, heads, D]. */
+   * cos, sin [tokens, half] float32. `inverse` turns the other way (the gradient). out [tokens, heads, D], which may
+   * be x where x has no gaps. */
   void (*rotate)(const void *x, int kind, int64_t tokens, int64_t heads, int64_t d, int64_t half,
                  int64_t token_stride, int64_t head_stride, const float *cos, const float *sin, int inverse,
                  void *out, int threads);

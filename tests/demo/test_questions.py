@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fitune.demo.database import build_demo_database
 from fitune.demo.heldout import HELD_OUT
+from fitune.demo.join_forms import JOIN_FORMS
 from fitune.demo.phrasings import TRAINED
 from fitune.demo.questions import FORMS, QuestionSets, check_disjoint, generate_questions
 from fitune.errors import FituneError, InputError
@@ -113,9 +114,22 @@ def test_demo_sets_have_their_sizes(demo: Path, sets: QuestionSets) -> None:
     for questions in (sets.train, sets.unseen_values, sets.unseen_phrasings):
         counts = Counter(question.form for question in questions)
         assert len(counts) == len(FORMS)
-        assert max(counts.values()) <= 1.3 * len(questions) / len(FORMS)
+        largest = 2 if questions is sets.train else 1  # of forms over several tables
+        assert max(counts.values()) <= largest * 1.3 * len(questions) / len(FORMS)
         assert len({question.question for question in questions}) == len(questions)
     assert_golds_answer(demo, sets)
+
+
+def test_training_has_twice_as_many_questions_over_several_tables(sets: QuestionSets) -> None:
+    trained, asked = (Counter(question.form for question in some) for some in (sets.train, sets.unseen_values))
+    # forms that draw values never run out of questions on this database
+    single, joined = (
+        [form.name for form in FORMS if form.draws_values and (form in JOIN_FORMS) == over_several]
+        for over_several in (False, True)
+    )
+    usual = max(trained[name] for name in single)
+    assert all(2 * usual - 4 <= trained[name] <= 2 * usual for name in joined), trained
+    assert max(asked.values()) <= 2 + min(asked[name] for name in joined), asked
 
 
 def test_the_seed_decides(demo: Path, sets: QuestionSets) -> None:

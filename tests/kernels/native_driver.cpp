@@ -77,10 +77,11 @@ void check_rms_norm(int kind, int64_t m, int64_t c, double shift, double odd) {
   current = "rms_norm";
   Random random((uint64_t)(m * 1000 + c));
   Doubles x = random.normals(m * c), weight = rounded(kind, random.normals(c)), grad = rounded(kind, random.normals(m * c));
+  Doubles residual = rounded(kind, random.normals(m * c));
   if (odd != 0) x[(size_t)c + 3] = odd;
   x = rounded(kind, x);
   const double eps = 1e-5;
-  Doubles out((size_t)(m * c)), back((size_t)(m * c)), rstd((size_t)m);
+  Doubles out((size_t)(m * c)), back((size_t)(m * c)), added((size_t)(m * c)), rstd((size_t)m);
   int64_t told = mutated == "memory" ? m + 1 : m;
   auto made = everywhere({real(kind, x), real(kind, weight)}, {blank(kind, m * c), blank(0, m)},
                          [&](char *const *in, char *const *to, int threads) {
@@ -99,19 +100,23 @@ void check_rms_norm(int kind, int64_t m, int64_t c, double shift, double odd) {
     for (int64_t i = 0; i < c; i++) {
       size_t at = (size_t)(row * c + i);
       back[at] = (grad[at] * (shift + weight[(size_t)i]) - x[at] * dot * r * r / (double)c) * r;
+      added[at] = back[at] + residual[at];
     }
   }
   close("values", decode(kind, made[0]), out, TOLERANCE[kind], TOLERANCE[kind]);
   close("1 / root", decode(0, made[1]), rstd, 4e-6, 4e-6);
   if (odd != 0) return;
   current = "rms_norm_backward";
-  made = everywhere({real(kind, grad), real(kind, x), real(kind, weight), real(0, rstd)}, {blank(kind, m * c)},
-                    [&](char *const *in, char *const *to, int threads) {
-                      kernels->rms_norm_backward(in[0], in[1], in[2], (float *)in[3], kind, m, c, (float)shift, to[0],
-                                                 threads);
-                    });
-  // 1 / root of a single small value is large
-  close("gradient", decode(kind, made[0]), back, TOLERANCE[kind], TOLERANCE[kind] * (c == 1 ? 20 : 1));
+  for (const Doubles *wanted : {&back, &added}) {
+    made = everywhere({real(kind, grad), real(kind, x), real(kind, weight), real(0, rstd), real(kind, residual)},
+                      {blank(kind, m * c)}, [&](char *const *in, char *const *to, int threads) {
+                        kernels->rms_norm_backward(in[0], in[1], in[2], (float *)in[3],
+                                                   wanted == &added ? in[4] : nullptr, kind, m, c, (float)shift, to[0],
+                                                   threads);
+                      });
+    // 1 / root of a single small value is large
+    close("gradient", decode(kind, made[0]), *wanted, TOLERANCE[kind], TOLERANCE[kind] * (c == 1 ? 20 : 1));
+  }
 }
 
 void activate(int activation, double x, double &value, double &slope) {
@@ -210,6 +215,16 @@ void check_rotate(int kind, int64_t heads, int64_t d, int64_t half, int inverse)
         expected[(size_t)((t * heads + h) * d + i)] = a[i] * c + other * s;
       }
   close("values", decode(kind, made[0]), expected, TOLERANCE[kind], TOLERANCE[kind]);
+  Doubles dense;
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t i = 0; i < d; i++) dense.push_back(x[(size_t)(t * token_stride + h * head_stride + i)]);
+  auto in_place = everywhere({real(0, cosine), real(0, sine)}, {real(kind, dense)},
+                             [&](char *const *in, char *const *to, int threads) {
+                               kernels->rotate(to[0], kind, tokens, heads, d, half, heads * d, d, (float *)in[0],
+                                               (float *)in[1], inverse, to[0], threads);
+                             });
+  if (mutated.empty() && in_place != made) fail("other bits in place");
 }
 
 void check_add_scaled(int kind, int64_t n) {

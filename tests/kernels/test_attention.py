@@ -215,6 +215,17 @@ def test_documents_outside_the_rows_are_refused(documents: list[list[int]]) -> N
         native.attention(q, k, v, torch.tensor(documents, dtype=torch.int32), 0, 1.0)
 
 
+def test_documents_that_were_good_are_looked_at_again_when_they_change() -> None:
+    q, k, v, _ = make(1, 8, 2, 1, 4, torch.float32)
+    documents = torch.tensor([[0, 0, 8, 0, 0]], dtype=torch.int32)
+    native.attention(q, k, v, documents, 0, 1.0)
+    with pytest.raises(ValueError, match="documents"):  # the same documents, of fewer tokens
+        native.attention(q[:, :4], k[:, :4], v[:, :4], documents, 0, 1.0)
+    documents[0, 2] = 9
+    with pytest.raises(ValueError, match="documents"):
+        native.attention(q, k, v, documents, 0, 1.0)
+
+
 def test_tensors_that_do_not_fit_together_are_refused() -> None:
     q, k, v, _ = make(1, 8, 4, 2, 4, torch.float32)
     where = torch.tensor([[0, 0, 8, 0, 0]], dtype=torch.int32)

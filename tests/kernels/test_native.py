@@ -87,8 +87,10 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], shift: float, thre
     expected, expected_rstd = reference.rms_norm(x, weight, 1e-5, shift)
     assert_close(rstd, expected_rstd, torch.float32)
     assert_close(out, expected, dtype)
-    back = native.rms_norm_backward(grad, x, weight, rstd, shift)
-    assert_close(back, reference.rms_norm_backward(grad, x, weight, rstd, shift), dtype)
+    back = native.rms_norm_backward(grad, x, weight, rstd, None, shift)
+    assert_close(back, reference.rms_norm_backward(grad, x, weight, rstd, None, shift), dtype)
+    added = native.rms_norm_backward(grad, x, weight, rstd, x, shift)
+    assert_close(added, reference.rms_norm_backward(grad, x, weight, rstd, x, shift), dtype)
     if x.numel():
         assert torch.equal(native.rms_norm(misaligned(x), misaligned(weight), 1e-5, shift)[0], out)
         strided = torch.cat([x, x], dim=-1)[..., : shape[-1]]
@@ -102,7 +104,7 @@ def test_rms_norm_backward_is_the_gradient() -> None:
     (expected,) = torch.autograd.grad(out, x, grad.double())
     narrow = x.detach().float()
     rstd = native.rms_norm(narrow, weight, 1e-5, 1.0)[1]
-    assert_close(native.rms_norm_backward(grad, narrow, weight, rstd, 1.0), expected.float(), torch.float32)
+    assert_close(native.rms_norm_backward(grad, narrow, weight, rstd, None, 1.0), expected.float(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,6 +174,12 @@ def test_rotate(dtype: torch.dtype, heads: int, width: int, half: int, inverse: 
     assert_close(found, reference.rotate(x, angle.cos(), angle.sin(), inverse), dtype)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(native.rotate(strided, angle.cos(), angle.sin(), inverse), found)
+    in_place = x.clone()
+    native.rotate_(in_place, angle.cos(), angle.sin(), inverse)
+    assert torch.equal(in_place, found)
+    if heads > 1:
+        with pytest.raises(ValueError, match="strided"):
+            native.rotate_(strided, angle.cos(), angle.sin(), inverse)
     if dtype == torch.float32:
         torch.testing.assert_close(native.rotate(found, angle.cos(), angle.sin(), not inverse), x, rtol=0, atol=1e-6)
 
@@ -218,7 +226,7 @@ def test_results_are_the_same_from_run_to_run_and_for_any_thread_count() -> None
         torch.set_num_threads(count)
         out, rstd = native.rms_norm(x, weight, 1e-5, 0.0)
         logits = x.clone()
-        results.append((out, rstd, native.rms_norm_backward(x, x, weight, rstd, 0.0),
+        results.append((out, rstd, native.rms_norm_backward(x, x, weight, rstd, None, 0.0),
                         *native.gated_activation_backward(x, x, out, "silu"),
                         native.token_logprob_(logits, targets, True), logits, *native.nf4_quantise(x)))  # fmt: skip
     torch.set_num_threads(before)
@@ -243,7 +251,7 @@ def test_native_code_refuses_what_it_would_misread() -> None:
     x, weight = random(4, 8), random(8)
     rstd = torch.ones(4)
     with pytest.raises(ValueError, match="bfloat16 where it reads"):
-        native.rms_norm_backward(x.bfloat16(), x, weight, rstd, 0.0)
+        native.rms_norm_backward(x.bfloat16(), x, weight, rstd, None, 0.0)
     with pytest.raises(ValueError, match="where it reads"):
         native.rms_norm(x, random(7), 1e-5, 0.0)
     with pytest.raises(ValueError, match="where it reads"):
@@ -285,11 +293,12 @@ def operands(name: str) -> list[tuple[object, ...]]:
             for d in DTYPES for shape in ([130], [13, 10])
         ],
         "rms_norm": [(x, weight, 1e-5, 1.0), (x.bfloat16(), weight, 1e-5, 0.0)],
-        "rms_norm_backward": [(x, x, weight, torch.ones(3), 0.0)],
+        "rms_norm_backward": [(x, x, weight, torch.ones(3), None, 0.0), (x, x, weight, torch.ones(3), x, 0.0)],
         "gated_activation": [(x, x, "silu"), (x.bfloat16(), x.bfloat16(), "gelu_tanh")],
         "gated_activation_backward": [(x, x, x, "silu")],
         "token_logprob_": [(x.clone(), torch.tensor([1, 2, 3]), with_gradient) for with_gradient in (False, True)],
         "rotate": [(random(4, 2, 8), torch.ones(4, 3), torch.zeros(4, 3), False)],
+        "rotate_": [(random(4, 2, 8), torch.ones(4, 3), torch.zeros(4, 3), True)],
         "attention": [(q, k, k, documents, 0, 0.3, 0.0), (q, k, k, documents, 2, 0.3, 5.0)],
         "attention_backward": [(q, q, k, k, out, lse, documents, 0, 0.3, 0.0)],
         "slot_attention_": [(q[0], k[0], k[0], slots, slots.clone(), torch.arange(q.shape[1]), 0, 0, 0.3, 0.0)],
@@ -314,7 +323,7 @@ from fitune.kernels import contract
 with FakeTensorMode():
     x, w = torch.empty(8, 64), torch.empty(64)
     out, rstd = contract.rms_norm(x, w, 1e-5, 0.0, "native")
-    contract.rms_norm_backward(x, x, w, rstd, 0.0, "native")
+    contract.rms_norm_backward(x, x, w, rstd, None, 0.0, "native")
     contract.gated_activation_backward(x, x, x, "silu", "native")
     contract.token_logprob_(x, torch.empty(8, dtype=torch.int64), True, "native")
     codes, absmax = contract.nf4_quantise(x, "native")

@@ -116,9 +116,12 @@ SERIES = """
     Alba Birka Corso Delta Fjord Gala Hygge Indigo Jura Kivik Luna Mira Nord Oslo Palma Riva Siena
     Tundra Vega Zara
     """.split()  # noqa: SIM905
-COLORS = ["white", "black", "oak", "grey", "walnut", "green", "blue", "red"]
+# Many different values: a model that sees a few of them over and over learns these by heart, and not to copy.
+COLORS = """
+    white black oak grey walnut green blue red beige brown yellow orange pink birch pine cream silver turquoise
+    """.split()  # noqa: SIM905
 STATUSES = ["delivered", "delivered", "delivered", "shipped", "pending", "cancelled", "returned"]
-PAYMENTS = ["card", "card", "invoice", "paypal", "cash", "bank transfer"]
+PAYMENTS = ["card", "card", "card", "invoice", "paypal", "cash", "bank transfer", "gift card", "cheque"]
 COMMENTS = [
     "great quality",
     "arrived late",
@@ -132,6 +135,18 @@ COMMENTS = [
     "scratched on arrival",
     "would buy again",
     "hard to assemble",
+    "smells of paint",
+    "looks better than in the photo",
+    "one leg is shorter",
+    "my cat loves it",
+    "fast delivery",
+    "wrong part in the box",
+    "not worth the price",
+    "fits perfectly",
+    "heavier than expected",
+    "the fabric is soft",
+    "broke after a week",
+    "friendly driver",
 ]
 
 Row = tuple[object, ...]

@@ -169,7 +169,7 @@ class AttentionPart:
         if not self.form.turned_first:
             heads = self._turned(heads, call, inverse=True)
         heads = contract.rms_norm_backward(
-            self._of_norm(heads, norm), raw, norm.weight, rstd, norm.shift, self.backend
+            self._of_norm(heads, norm), raw, norm.weight, rstd, None, norm.shift, self.backend
         ).view(grad.shape[0], -1, self.form.head_dim)  # fmt: skip
         return (self._turned(heads, call, inverse=True) if self.form.turned_first else heads).reshape(grad.shape)
 
@@ -178,9 +178,10 @@ class AttentionPart:
         return heads if norm.weight.shape[0] == self.form.head_dim else heads.reshape(heads.shape[0], -1)
 
     def _turned(self, heads: Tensor, call: LayerCall | CachedCall, inverse: bool = False) -> Tensor:
-        if not self.form.rotary or call.cos is None or call.sin is None:
-            return heads
-        return contract.rotate(heads, call.cos, call.sin, inverse, self.backend)
+        """The heads turned in place: they are always this part's own."""
+        if self.form.rotary and call.cos is not None and call.sin is not None:
+            contract.rotate_(heads, call.cos, call.sin, inverse, self.backend)
+        return heads
 
 
 def attention_forms(module: nn.Module, scale: float | None, window: int, cap: float) -> list[AttentionForm]:

@@ -167,12 +167,14 @@ class FusedLayer:
         out, rstd = contract.rms_norm(x, norm.weight, norm.eps, norm.shift, self.backend)
         return out, rstd
 
-    def norm_backward(self, grad: Tensor, x: Tensor | None, rstd: Tensor | None, place: int) -> Tensor:
-        """The gradient of `norm`."""
+    def norm_backward(
+        self, grad: Tensor, x: Tensor | None, rstd: Tensor | None, place: int, residual: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of `norm`, plus the residual."""
         norm = self.norms[place]
         if norm is None:
-            return grad
-        grad_x: Tensor = contract.rms_norm_backward(grad, x, norm.weight, rstd, norm.shift, self.backend)
+            return grad if residual is None else residual + grad
+        grad_x: Tensor = contract.rms_norm_backward(grad, x, norm.weight, rstd, residual, norm.shift, self.backend)
         return grad_x
 
 
@@ -232,7 +234,7 @@ def _half_backward(
     scaled = grad if layer.form.scale == 1.0 else grad * layer.form.scale
     grad_raw = layer.norm_backward(scaled.contiguous(), raw, after_rstd, place + 1)
     grad_inner, factor_grads = part(grad_raw, inner, kept)
-    return grad + layer.norm_backward(grad_inner, x, rstd, place), factor_grads
+    return layer.norm_backward(grad_inner, x, rstd, place, grad), factor_grads
 
 
 def layer_forms(layer: nn.Module) -> list[LayerForm]:

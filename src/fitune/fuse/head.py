@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitune.kernels import contract
+from fitune.kernels import contract, products
+from fitune.quant.nf4 import DYNAMIC_MAP
 
 # Logits that exist at one time: as many rows as fit in here, but enough to keep a matrix product at full speed, and
 # no more than it gains from (the head's weight is read once for every chunk).
@@ -61,20 +62,30 @@ def chunk_tokens(vocabulary: int, itemsize: int) -> int:
     return min(max(fitting, FEWEST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
 
 
-def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """hidden [n, C] -> [n, V]."""
+    frozen, table = [weight, None, None, bias], DYNAMIC_MAP.to(hidden.device)
+    made: Tensor = products.frozen_product(hidden, frozen, [0.0], [weight.shape[0]], [None, None], table, backend)[0]
+    return made
 
 
-def _score(products: Tensor, targets: Tensor, with_gradient: bool, backend: str, cap: float) -> Tensor:
-    """The targets' log-probabilities [n]; `products` becomes their gradient with respect to itself if asked for."""
+def _products_back(slopes: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """slopes [n, V] -> [n, C]."""
+    frozen, table, depth = [weight, None, None, None], DYNAMIC_MAP.to(slopes.device), weight.shape[1]
+    made: Tensor = products.frozen_product_backward([slopes], frozen, [0.0], depth, [None, None], table, backend)[0]
+    return made
+
+
+def _score(made: Tensor, targets: Tensor, with_gradient: bool, backend: str, cap: float) -> Tensor:
+    """The targets' log-probabilities [n]; the products become their gradient with respect to themselves if asked."""
     if not cap:
-        logprob: Tensor = contract.token_logprob_(products, targets, with_gradient, backend)
+        logprob: Tensor = contract.token_logprob_(made, targets, with_gradient, backend)
         return logprob
-    bent = torch.tanh(products.float() / cap)
-    logits = (bent * cap).to(products.dtype)
+    bent = torch.tanh(made.float() / cap)
+    logits = (bent * cap).to(made.dtype)
     logprob = contract.token_logprob_(logits, targets, with_gradient, backend)
     if with_gradient:
-        torch.mul(logits, (1 - bent.square_()).to(products.dtype), out=products)
+        torch.mul(logits, (1 - bent.square_()).to(made.dtype), out=made)
     return logprob
 
 
@@ -90,7 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str, cap: float
     ) -> Tensor:
         frozen = not any(ctx.needs_input_grad[1:3])
-        matrix = weight.detach().to(hidden.dtype)
+        matrix = weight.detach().to(hidden.dtype).contiguous()
         offset = None if bias is None else bias.detach().to(hidden.dtype)
         count = hidden.shape[0]
         hidden, targets = _filled_up(hidden, targets)
@@ -100,10 +111,11 @@ class _TokenLogprobs(torch.autograd.Function):
         size = chunk_tokens(matrix.shape[0], matrix.element_size())
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
-            products = _products(hidden[rows], matrix, offset)
-            logprob[rows] = _score(products, targets[rows], wanted, backend, cap)
+            made = _products(hidden[rows], matrix, offset, backend)
+            logprob[rows] = _score(made, targets[rows], wanted, backend, cap)
             if slope is not None:
-                torch.mm(products, matrix, out=slope[rows])
+                slope[rows] = _products_back(made, matrix, backend)
+            del made  # before the next chunk's logits come
         ctx.backend, ctx.frozen, ctx.cap = backend, frozen, cap
         if frozen:
             ctx.save_for_backward(None if slope is None else slope[:count])
@@ -119,7 +131,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         count = grad_logprob.shape[0]
         grad_logprob = F.pad(grad_logprob, (0, hidden.shape[0] - count))
-        matrix = weight.detach().to(hidden.dtype)
+        matrix = weight.detach().to(hidden.dtype).contiguous()
         offset = None if bias is None else bias.detach().to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -127,10 +139,10 @@ class _TokenLogprobs(torch.autograd.Function):
         size = chunk_tokens(matrix.shape[0], matrix.element_size())
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
-            slopes = _products(hidden[rows], matrix, offset)
+            slopes = _products(hidden[rows], matrix, offset, ctx.backend)
             _score(slopes, targets[rows], True, ctx.backend, ctx.cap)
             slopes *= grad_logprob[rows].unsqueeze(1).to(slopes.dtype)
-            torch.mm(slopes, matrix, out=grad_hidden[rows])
+            grad_hidden[rows] = _products_back(slopes, matrix, ctx.backend)
             grad_weight += torch.mm(slopes.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias += slopes.float().sum(0)

@@ -60,7 +60,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x = contract.rms_norm_backward(grad_out, x, weight, rstd, ctx.shift, ctx.backend)
+        grad_x = contract.rms_norm_backward(grad_out, x, weight, rstd, None, ctx.shift, ctx.backend)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             rows = (grad_out.float() * x.float() * rstd.unsqueeze(-1)).reshape(-1, x.shape[-1])

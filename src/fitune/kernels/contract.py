@@ -55,9 +55,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> Any:
 
 
 @_operator(
-    "rms_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor rstd, float shift, str backend) -> Tensor"
+    "rms_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor rstd, Tensor? residual, float shift, "
+    "str backend) -> Tensor"
 )
-def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Any:
+def rms_norm_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, shift: float
+) -> Any:
+    """The gradient of x, plus `residual` (of its shape)."""
     return x.new_empty(x.shape)
 
 
@@ -82,6 +86,11 @@ def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Any:
 @_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Any:
     return x.new_empty(x.shape)
+
+
+@_operator("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, str backend) -> ()")
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """The same in place; x without gaps."""
 
 
 @_operator(

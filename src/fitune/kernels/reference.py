@@ -59,11 +59,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tenso
     return (wide * rstd.unsqueeze(-1) * (shift + weight.float())).to(x.dtype), rstd
 
 
-def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> Tensor:
+def rms_norm_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, shift: float
+) -> Tensor:
     wide, r = x.float(), rstd.unsqueeze(-1)
     grad = grad_out.float() * (shift + weight.float())
     mean = (grad * wide).mean(dim=-1, keepdim=True)
-    return ((grad - wide * mean * r * r) * r).to(x.dtype)
+    grad_x = (grad - wide * mean * r * r) * r
+    return (grad_x if residual is None else grad_x + residual.float()).to(x.dtype)
 
 
 def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -109,6 +112,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     wide = x.float()
     a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1).to(x.dtype)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    x.copy_(rotate(x, cos, sin, inverse))
 
 
 def _document_parts(document: list[int], window: int, device: torch.device) -> tuple[int, slice, Tensor, Tensor]:

@@ -43,10 +43,9 @@ class QuantisedParameter(nn.Module):
 
     def nf4(self) -> NF4Weight:
         """The weight as it is stored."""
-        return NF4Weight(
-            self.codes.data, self.absmax.data, self.nested_absmax.data, self.offset, tuple(self.shape),
-            self.source_dtype,
-        )  # fmt: skip
+        held = self._parameters  # read as they lie: attributes of modules are found slowly, and every product asks
+        codes, absmax, nested = (held[name].data for name in ("codes", "absmax", "nested_absmax"))
+        return NF4Weight(codes, absmax, nested, self.offset, tuple(self.shape), self.source_dtype)
 
     def dense(self) -> Tensor:
         """The whole, decoded."""

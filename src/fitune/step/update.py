@@ -60,7 +60,7 @@ def update(
         part = objective(logprobs, weights) / total_weight
         part.backward()
         loss += float(part.detach())
-    parameters = model.trainable
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)

@@ -33,7 +33,7 @@ from fitune.train.run_folder import RunFolder
 LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5}
 
 # Often enough to hold the heap's growth to a few per cent, seldom enough to cost none of the speed.
-TRIM_EVERY_STEPS = 16
+TRIM_EVERY_STEPS = 64
 
 
 @dataclass(frozen=True)
