@@ -244,29 +244,72 @@ def turns(ours: int, peers: int) -> Iterator[tuple[bool, int]]:
         done = max(done, until)
 
 
-def compare(inputs: Inputs, ours: Worker, peer: PeerSide, method: Method, compute: str, recompute: Recompute) -> Row:
-    """Both sides in turns, from the state that the peer is in; ours warms up on the same first steps."""
+def compare(
+    inputs: Inputs, ours: Mapping[str, Worker], peer: PeerSide, method: Method, recompute: Recompute
+) -> list[Row]:
+    """All sides in turns, from the state that the peer is in; ours warm up on the same first steps.
+
+    `ours`: by their train.compute. One that fails gets a row that says so, and the others go on.
+    """
     case = inputs.case
-    for _ in range(method.warm_steps + 1):
-        ours.step(None if case.has_fixed_rows else 0)
-    warm_seconds = sum(ours.seconds)
-    peer_warm_seconds = sum(peer.worker.seconds[: peer.warm_steps])
-    found: dict[bool, list[float]] = {True: [], False: []}
-    if case.has_fixed_rows:
-        counts = (method.rounds, method.rounds)
-    else:
-        counts = (len(ours.step_tokens), len(peer.worker.step_tokens))
-        if sum(ours.step_tokens) != sum(peer.worker.step_tokens):
+    first = None if case.has_fixed_rows else 0
+    sides = {compute: _Side(worker) for compute, worker in ours.items()}
+    for side in sides.values():
+        for _ in range(method.warm_steps + 1):
+            side.step(first)
+        side.seconds.clear()
+        side.check_samples(peer.worker)
+    own_steps, peer_steps = method.rounds, method.rounds
+    if not case.has_fixed_rows:
+        own_steps = max((len(side.worker.step_tokens) for side in sides.values() if not side.problem), default=0)
+        peer_steps = len(peer.worker.step_tokens)
+    peer_seconds: list[float] = []
+    for is_ours, number in turns(own_steps, peer_steps):
+        place = None if case.has_fixed_rows else number
+        if not is_ours:
+            peer_seconds.append(peer.worker.step(place))
+            continue
+        for side in sides.values():
+            side.step(place)
+    return [_row(case, compute, side, peer, peer_seconds, method, recompute) for compute, side in sides.items()]
+
+
+@dataclass
+class _Side:
+    """One of ours in a comparison: its timed steps, and what went wrong."""
+
+    worker: Worker
+    seconds: list[float] = field(default_factory=list)
+    problem: str | None = None
+
+    def step(self, number: int | None) -> None:
+        if self.problem is None:
+            try:
+                self.seconds.append(self.worker.step(number))
+            except WorkerFailed as error:
+                self.problem = problem_of(error)
+
+    def check_samples(self, peer: Worker) -> None:
+        if self.problem is None and sum(self.worker.step_tokens) != sum(peer.step_tokens):
             raise RuntimeError("the two sides were given different samples")
-    for is_ours, number in turns(*counts):
-        side = ours if is_ours else peer.worker
-        found[is_ours].append(side.step(None if case.has_fixed_rows else number))
-    rate, peer_rate = (
-        _rate(case, worker, seconds)
-        for worker, seconds in ((ours, found[True]), (peer.worker, found[False]))
-    )  # fmt: skip
-    peak, peer_peak = ours.memory()[0], peer.worker.memory()[0]
-    pairs = list(zip(ours.losses, peer.worker.losses, strict=False)) if case.has_fixed_rows else []
+
+
+def problem_of(error: WorkerFailed) -> str:
+    """Why there are no figures of ours."""
+    return f"{'fitune refuses it' if error.is_refusal else 'failed'}: {error}"
+
+
+def _row(
+    case: Case, compute: str, side: _Side, peer: PeerSide, peer_seconds: list[float], method: Method,
+    recompute: Recompute,
+) -> Row:  # fmt: skip
+    if side.problem is not None:
+        return Row(case.name, compute, recompute, peer_variant=peer.variant.name, problem=side.problem)
+    ours, theirs = side.worker, peer.worker
+    rate, peer_rate = _rate(case, ours, side.seconds), _rate(case, theirs, peer_seconds)
+    peak, peer_peak = ours.memory()[0], theirs.memory()[0]
+    pairs = list(zip(ours.losses, theirs.losses, strict=False)) if case.has_fixed_rows else []
+    counted, peer_counted = len(side.seconds), len(peer_seconds)
     return Row(
         case=case.name,
         compute=compute,
@@ -279,18 +322,18 @@ def compare(inputs: Inputs, ours: Worker, peer: PeerSide, method: Method, comput
         peer_peak_bytes=peer_peak,
         peer_variant=peer.variant.name,
         load_peak_bytes=ours.load_peak_bytes,
-        peer_load_peak_bytes=peer.worker.load_peak_bytes,
+        peer_load_peak_bytes=theirs.load_peak_bytes,
         load_seconds=ours.load_seconds,
-        peer_load_seconds=peer.worker.load_seconds,
-        warm_up_seconds=warm_seconds,
-        peer_warm_up_seconds=peer_warm_seconds,
-        tokens_counted=sum(ours.step_tokens[: counts[0]]),
-        tokens_computed=sum(ours.computed_tokens[: counts[0]]),
-        peer_tokens_computed=sum(peer.worker.computed_tokens[: counts[1]]),
-        step_seconds=found[True],
-        peer_step_seconds=found[False],
+        peer_load_seconds=theirs.load_seconds,
+        warm_up_seconds=sum(ours.seconds[: method.warm_steps + 1]),
+        peer_warm_up_seconds=sum(theirs.seconds[: peer.warm_steps]),
+        tokens_counted=sum(ours.step_tokens[:counted]),
+        tokens_computed=sum(ours.computed_tokens[:counted]),
+        peer_tokens_computed=sum(theirs.computed_tokens[:peer_counted]),
+        step_seconds=side.seconds,
+        peer_step_seconds=peer_seconds,
         losses=list(ours.losses),
-        peer_losses=list(peer.worker.losses),
+        peer_losses=list(theirs.losses),
         largest_loss_difference=max((abs(one - other) for one, other in pairs), default=None),
         trials=list(peer.trials),
         report=ours.report,

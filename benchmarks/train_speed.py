@@ -4,13 +4,13 @@
                                      [--recompute] [--compile] [--rounds N] [--threads N] [--folder DIR]
                                      [--output FILE.json]
 
-The same 16-bit weights, the same rows of tokens, LoRA of rank 16 (alpha 32) on all linear layers of the decoder from
-the same first values, AdamW in float32, the same learning rate and clipping. Each side is a process of its own that
-idles while the other one computes: after the peer's fastest variant has been found (`speed_cases.VARIANTS`), the two
-take one step each in turns. Tokens a second are by the median step; memory is the process's resident peak
-(VmHWM), loading included, and for fitune making its 4-bit store, as in a first run. In the case `alpaca` both train
-on the very same samples of a file, each as it is used: fitune packs them, the peer pads batches of four; tokens
-are those of the samples, without padding, and the rate is all tokens by all seconds.
+The same 16-bit weights, the same rows of tokens, LoRA of rank 16 (alpha 32) on all linear layers of the decoder
+from the same first values, AdamW in float32, the same learning rate and clipping. Each side is a process of its own
+that idles while another one computes: after the peer's fastest variant has been found (`speed_cases.VARIANTS`), it
+and ours, one for each `train.compute`, take one step each in turns. Tokens a second are by the median step; memory
+is the process's resident peak (VmHWM), loading included, and for fitune making its 4-bit store, as in a first run.
+In the case `alpaca` both train on the very same samples of a file, each as it is used: fitune packs them, the peer
+pads batches of four; tokens are those of the samples, without padding, and the rate is all tokens by all seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 from speed_cases import QUICK_CASES, VARIANTS, Variant, chosen_cases
 from speed_inputs import Inputs, prepared_inputs, write_run_file
-from speed_process import WorkerFailed
+from speed_process import Worker, WorkerFailed
 from speed_result import (
     Clock,
     Say,
@@ -46,6 +46,7 @@ from speed_rounds import (
     Row,
     compare,
     fastest_peer,
+    problem_of,
     start_ours,
     start_peer,
 )
@@ -84,22 +85,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def our_row(inputs: Inputs, peer: PeerSide, method: Method, compute: str, recompute: Recompute) -> Row:
-    """One row: our side started, compared with a peer that is loaded already, and closed."""
-    run_file = inputs.scratch / "run.yaml"
-    write_run_file(
-        inputs.case, inputs.model, inputs.data, run_file,
-        compute=compute, recompute=recompute, threads=method.threads,
-    )  # fmt: skip
+def our_rows(
+    inputs: Inputs, peer: PeerSide, method: Method, computes: Sequence[str], recompute: Recompute
+) -> list[Row]:
+    """A row for each `train.compute`: our sides started, compared with a peer that is loaded already, and closed."""
+    sides: dict[str, Worker] = {}
+    rows: dict[str, Row] = {}
     try:
-        ours = start_ours(inputs, run_file, method.threads)
-        try:
-            return compare(inputs, ours, peer, method, compute, recompute)
-        finally:
-            ours.close()
-    except WorkerFailed as error:
-        word = "fitune refuses it" if error.is_refusal else "failed"
-        return Row(inputs.case.name, compute, recompute, peer_variant=peer.variant.name, problem=f"{word}: {error}")
+        for compute in computes:
+            run_file = inputs.scratch / f"run-{compute}.yaml"
+            write_run_file(
+                inputs.case, inputs.model, inputs.data, run_file,
+                compute=compute, recompute=recompute, threads=method.threads,
+            )  # fmt: skip
+            try:
+                sides[compute] = start_ours(inputs, run_file, method.threads)
+            except WorkerFailed as error:
+                name = peer.variant.name
+                rows[compute] = Row(
+                    inputs.case.name, compute, recompute, peer_variant=name, problem=problem_of(error)
+                )
+        rows |= {row.compute: row for row in compare(inputs, sides, peer, method, recompute)}
+    finally:
+        for side in sides.values():
+            side.close()
+    return [rows[compute] for compute in computes]
 
 
 def rows_of(
@@ -115,7 +125,7 @@ def rows_of(
             continue
         best = best or peer.variant
         try:
-            yield from (our_row(inputs, peer, method, compute, recompute) for compute in computes)
+            yield from our_rows(inputs, peer, method, computes, recompute)
         finally:
             peer.worker.close()
     if options.compile and best is not None:
@@ -144,7 +154,7 @@ def _compiled_rows(
             worker.step()
         say(f"{inputs.case.name}: {variant.name}: {sum(worker.seconds):.0f} s to warm up")
         peer = PeerSide(variant, worker, len(worker.losses), [])
-        yield from (our_row(inputs, peer, method, compute, "none") for compute in computes)
+        yield from our_rows(inputs, peer, method, computes, "none")
     except WorkerFailed as error:
         yield Row(inputs.case.name, computes[0], peer_variant=variant.name, problem=f"the peer failed: {error}")
     finally:

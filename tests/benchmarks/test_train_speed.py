@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 import train_speed
 from speed_cases import CASES, MODELS, RANK, VARIANTS, chosen_cases
 from speed_process import Worker, WorkerFailed
-from speed_rounds import Row, Trial, trial_sentence, turns
-from tiny_case import TINY, TINY_CASE
+from speed_rounds import Method, PeerSide, Row, Trial, start_peer, trial_sentence, turns
+from tiny_case import TINY, TINY_CASE, tiny_inputs
 
 from fitune.config import load
 from fitune.models.find import find_model
@@ -129,3 +130,28 @@ def test_a_worker_says_that_fitune_refuses(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match=r"train\.compute") as failed:
         Worker(spec, tmp_path, 1)
     assert failed.value.is_refusal
+
+
+@pytest.mark.slow
+def test_every_format_takes_turns_with_the_same_steps_of_the_peer(tmp_path: Path) -> None:
+    inputs = dataclasses.replace(tiny_inputs(tmp_path), adapter=tmp_path / "adapter")
+    method = Method(rounds=2, warm_steps=1, trial_steps=1, threads=1)
+    worker = start_peer(inputs, VARIANTS[0], method)
+    try:
+        worker.step()
+        peer = PeerSide(VARIANTS[0], worker, 1, [])
+        narrow, refused, wide = train_speed.our_rows(
+            inputs, peer, method, ["bfloat16", "int3", "float32"], "none"
+        )  # fmt: skip
+    finally:
+        worker.close()
+    assert refused.problem is not None
+    assert refused.problem.startswith("fitune refuses it")
+    assert (narrow.compute, wide.compute) == ("bfloat16", "float32")
+    assert narrow.peer_step_seconds == wide.peer_step_seconds
+    for row in (narrow, wide):
+        assert row.problem is None
+        assert len(row.step_seconds) == len(row.peer_step_seconds) == method.rounds
+        assert row.largest_loss_difference is not None
+        assert row.largest_loss_difference < 0.02
+    assert narrow.losses != wide.losses
