@@ -95,6 +95,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], shift: float, thre
         assert torch.equal(native.rms_norm(misaligned(x), misaligned(weight), 1e-5, shift)[0], out)
         strided = torch.cat([x, x], dim=-1)[..., : shape[-1]]
         assert torch.equal(native.rms_norm(strided, weight, 1e-5, shift)[0], out)
+        assert torch.equal(native.rms_norm_backward(grad, strided, weight, rstd, strided, shift), added)
 
 
 def test_rms_norm_backward_is_the_gradient() -> None:

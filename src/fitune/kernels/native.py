@@ -168,6 +168,7 @@ def rms_norm_backward(
     grad_out, x, weight = grad_out.contiguous(), x.contiguous(), weight.to(x.dtype).contiguous()
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
+    residual = None if residual is None else residual.contiguous()
     grad_x = torch.empty_like(x)
     _table().rms_norm_backward(
         _pointer(grad_out, x.dtype, x.shape), _pointer(x), _pointer(weight, shape=(width,)),
