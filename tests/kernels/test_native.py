@@ -298,7 +298,6 @@ def operands(name: str) -> list[tuple[object, ...]]:
         "gated_activation": [(x, x, "silu"), (x.bfloat16(), x.bfloat16(), "gelu_tanh")],
         "gated_activation_backward": [(x, x, x, "silu")],
         "token_logprob_": [(x.clone(), torch.tensor([1, 2, 3]), with_gradient) for with_gradient in (False, True)],
-        "rotate": [(random(4, 2, 8), torch.ones(4, 3), torch.zeros(4, 3), False)],
         "rotate_": [(random(4, 2, 8), torch.ones(4, 3), torch.zeros(4, 3), True)],
         "attention": [(q, k, k, documents, 0, 0.3, 0.0), (q, k, k, documents, 2, 0.3, 5.0)],
         "attention_backward": [(q, q, k, k, out, lse, documents, 0, 0.3, 0.0)],

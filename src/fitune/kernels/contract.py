@@ -83,14 +83,9 @@ def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Any:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor")
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Any:
-    return x.new_empty(x.shape)
-
-
 @_operator("rotate_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, str backend) -> ()")
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    """The same in place; x without gaps."""
+    """Turns x [tokens, heads, D], without gaps, in place by cos, sin [tokens, half]; `inverse`: back."""
 
 
 @_operator(
