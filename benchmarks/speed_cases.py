@@ -69,15 +69,17 @@ class Variant:
             advises for stable training (`autocast_adapter_dtype`, its default).
         checkpointing: each layer is computed again in the backward pass (`use_reentrant=False`).
         compiled: under `torch.compile`.
+        float32: nothing is rounded to 16 bits, `bnb_4bit_compute_dtype` included; to compare losses with.
     """
 
     autocast: bool
     checkpointing: bool
     compiled: bool = False
+    float32: bool = False
 
     @property
     def name(self) -> str:
-        words = ["bf16 autocast" if self.autocast else "pure bf16"]
+        words = ["float32" if self.float32 else "bf16 autocast" if self.autocast else "pure bf16"]
         words += ["checkpointing"] if self.checkpointing else []
         words += ["torch.compile"] if self.compiled else []
         return ", ".join(words)

@@ -104,15 +104,16 @@ def _collator(model: Path) -> DataCollatorForSeq2Seq:
 
 
 def _adapted(folder: Path, adapter: Path, variant: Variant) -> Any:
+    dtype = torch.float32 if variant.float32 else torch.bfloat16
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation, dtype=torch.bfloat16, device_map="cpu"
-    )
+        folder, quantization_config=quantisation, dtype=dtype, device_map="cpu"
+    )  # fmt: skip
     model.config.use_cache = False
     if variant.autocast:
         model = prepare_model_for_kbit_training(

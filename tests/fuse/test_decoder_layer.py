@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fitune.data.collation import collate
 from fitune.fuse import replace_layers
 from fitune.fuse.attention_part import AttentionForm, AttentionPart
 from fitune.fuse.decoder_layer import FusedLayer
 from fitune.kernels import contract
-from tiny_models import FAMILIES, adapted, distance, lora_gradients, model_of, random_samples
+from fitune.models.build import build_quantised
+from fitune.models.find import find_model
+from tiny_models import (
+    BACKEND,
+    FAMILIES,
+    adapted,
+    distance,
+    lora_gradients,
+    model_of,
+    random_samples,
+    write_model,
+)
 
 
 def layers_of(graph: Any) -> list[Any]:
@@ -137,3 +150,40 @@ def test_a_candidate_that_goes_the_original_way_proves_nothing() -> None:
     assert "mlp" in model.report.replaced
     assert "layer" not in model.report.replaced
     assert "differs by" in model.report.left["layer (Ernie4_5_MoeDecoderLayer)"]
+
+
+def test_layers_alike_are_proven_once_in_four_bits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer's quantised weights hold does not make it another kind."""
+    folder = write_model(tmp_path / "model", num_hidden_layers=4)
+    choose, chosen = replace_layers._choose, []
+
+    def counted(*arguments: Any) -> Any:
+        chosen.append(arguments[0])
+        return choose(*arguments)
+
+    monkeypatch.setattr(replace_layers, "_choose", counted)
+    model, _ = adapted(build_quantised(find_model(str(folder)), torch.float32, BACKEND))
+    offsets = {layer.self_attn.q_proj.base_layer.weight.offset for layer in layers_of(model.graph)}
+    assert len(offsets) == model.report.replaced["layer"] == 4
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("second", [0.0, 1.0])
+def test_a_layer_unlike_its_likes_is_seen_in_the_whole_model(second: float) -> None:
+    """Both layers are alike in what can be compared of them; only the first is proven."""
+
+    class Odd(LlamaDecoderLayer):
+        def forward(self, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:
+            return super().forward(hidden_states, **keywords) + self.told["added"]
+
+    graph = model_of("llama")
+    for layer, added in zip(graph.model.layers, (0.0, second), strict=True):
+        layer.__class__ = Odd
+        layer.told = {"added": added}
+    model, _ = adapted(graph)
+    if second == 0.0:
+        assert model.report.replaced["layer"] == 2
+    else:
+        assert "layer" not in model.report.replaced
+        assert "output differs by" in model.report.left["layer (all)"]
+        assert layers_of(model.graph) == []

@@ -1,6 +1,6 @@
 // Checks native kernels against plain loops in double precision. No Python and no torch, so that it also runs on an
 // emulated processor. Link it with libfitune_kernels.so (and native_driver_products.cpp), then
-//   native_driver [--mutate WHAT] [INSTRUCTION_SET...]
+//   native_driver [--mutate WHAT] [--margin BYTES] [INSTRUCTION_SET...]
 // checks these sets, or all that can run here. Exit codes: 0 all right, 1 wrong results, 2 no such set, 3 a kernel
 // touched memory that is not its own. WHAT spoils something that must then be noticed: a kernel's name (what is
 // expected of it), "bits" (what is repeated) or "memory" (the size of a buffer).
@@ -278,6 +278,7 @@ int main(int count, char **words) {
   std::string sets;
   for (int i = 1; i < count; i++) {
     if (!strcmp(words[i], "--mutate") && i + 1 < count) mutated = words[++i];
+    else if (!strcmp(words[i], "--margin") && i + 1 < count) margin = (size_t)atoi(words[++i]);
     else sets += std::string(words[i]) + " ";
   }
   if (fitune_abi() != FITUNE_ABI) return printf("built for interface %d, this driver for %d\n", fitune_abi(), FITUNE_ABI), 2;

@@ -106,6 +106,7 @@ struct Random {
 
 enum Placement { AT_START, AT_END, ODD };  // of a page: what is read or written before, or past, a buffer ends the program
 inline Placement placement;
+inline size_t margin = 0;  // bytes that may be touched past the last one: some emulators read more than the processor
 
 // Bytes beside pages that cannot be touched; ODD: one element past an aligned address. An input cannot be written.
 class Buffer {
@@ -115,12 +116,12 @@ class Buffer {
  public:
   char *data;
   Buffer(const Bytes &content, size_t element, bool writable) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), own = (content.size() + element + page - 1) / page * page;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), own = (content.size() + element + margin + page - 1) / page * page;
     whole = own + 2 * page;
     pages = (char *)mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED) abort();
     char *first = pages + page;
-    data = placement == AT_START ? first : placement == ODD ? first + element : first + own - content.size();
+    data = placement == AT_START ? first : placement == ODD ? first + element : first + own - margin - content.size();
     std::copy(content.begin(), content.end(), data);
     if (!writable) mprotect(first, own, PROT_READ);
     mprotect(pages, page, PROT_NONE);

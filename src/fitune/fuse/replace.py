@@ -21,12 +21,12 @@ from fitune.fuse.gated_mlp import fused_mlp_candidates
 from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.norm import fused_norm_candidates
 from fitune.fuse.prove import TOLERANCE, prove, with_trained_adapter
-from fitune.fuse.replace_layers import replace_layers
+from fitune.fuse.replace_layers import replace_layers, undo_layers
 
 # Two documents in a row, each longer than the windows and chunks of tiny models are.
 PROOF_TOKENS = (24, 17)
 # Through all layers, in the dtype of the computation: rounding in bfloat16 adds up, a wrong mask shows at 0.1.
-ATTENTION_TOLERANCE = 5e-2
+WHOLE_MODEL_TOLERANCE = 5e-2
 
 
 @dataclass
@@ -60,14 +60,11 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool)
     _replace(model, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
     if proofs:
         report.takes_positions = _takes_positions(model)
-    _replace_attention(model, backend, report, proofs)
+    packed = _replace_attention(model, backend, report, proofs)
     if "attention" not in report.replaced:
         report.left["layer"] = "its attention does not go by documents"
         return report
-    count, left = replace_layers(model, dtype, backend, (lambda: _packed_logits(model)) if proofs else None)
-    if count:
-        report.replaced["layer"] = count
-    report.left |= {f"layer ({kind})": reason for kind, reason in left.items()}
+    _replace_layers(model, dtype, backend, report, packed)
     return report
 
 
@@ -138,34 +135,62 @@ def _replace(
         report.replaced[part] += 1
 
 
-def _replace_attention(model: PreTrainedModel, backend: str, report: FusionReport, proofs: bool) -> None:
-    """Attention by documents, accepted where each of two documents in a row computes what it computes alone."""
+def _replace_attention(
+    model: PreTrainedModel, backend: str, report: FusionReport, proofs: bool
+) -> torch.Tensor | None:
+    """Attention by documents, accepted where each of two documents in a row computes what it computes alone.
+
+    Returns the logits [T, V] of both in one row; None without proofs, and where it is not accepted.
+    """
     reason = attention.obstacle(model)
     if reason is None and not report.takes_positions:
         reason = "positions cannot be given to the model"
     if reason is not None:
         report.left["attention"] = reason
-        return
+        return None
     attention.register()
     before = model.config._attn_implementation
     apart = [_logits(model, tokens) for tokens in _two_documents(model)] if proofs else None
     model.set_attn_implementation(attention.NAMES[backend])
+    packed: torch.Tensor | None = None
     if apart is not None:
         try:
             packed = _packed_logits(model)
-            measure = _usual_distance if _routes(model) else _distance
             distance = max(
-                measure(found, expected)
+                _model_distance(model, found, expected)
                 for found, expected in zip(packed.split([len(one) for one in apart]), apart, strict=True)
             )
-            reason = None if distance <= ATTENTION_TOLERANCE else f"the model's output differs by {distance:.1e}"
+            reason = None if distance <= WHOLE_MODEL_TOLERANCE else f"the model's output differs by {distance:.1e}"
         except (FituneError, RuntimeError, TypeError, ValueError) as error:
             reason = f"cannot be compared: {error}"
         if reason is not None:
             model.set_attn_implementation(before)
             report.left["attention"] = reason
-            return
+            return None
     report.replaced["attention"] = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    return packed
+
+
+def _replace_layers(
+    model: PreTrainedModel, dtype: torch.dtype, backend: str, report: FusionReport, packed: torch.Tensor | None
+) -> None:
+    """Whole layers; given the logits without them, none where the model as a whole is another one with them.
+
+    Layers alike in all that can be compared are proven once; this sees one that is different all the same.
+    """
+    count, left = replace_layers(model, dtype, backend, None if packed is None else lambda: _packed_logits(model))
+    if count and packed is not None:
+        distance = _model_distance(model, _packed_logits(model), packed)
+        if not distance <= WHOLE_MODEL_TOLERANCE:
+            undo_layers(model)
+            count, left = 0, {"all": f"with them the model's output differs by {distance:.1e}"}
+    if count:
+        report.replaced["layer"] = count
+    report.left |= {f"layer ({kind})": reason for kind, reason in left.items()}
+
+
+def _model_distance(model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (_usual_distance if _routes(model) else _distance)(found, expected)
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ from fitune.fuse.attention_part import attention_forms
 from fitune.fuse.decoder_layer import FusedLayer, Positions, fused_layer_candidates
 from fitune.fuse.lora_linear import covered_all
 from fitune.fuse.prove import prove, with_trained_adapter
+from fitune.quant.parameter import QuantisedParameter
 
 Calls = dict[int, dict[str, Any]]
 
@@ -145,16 +146,28 @@ def _insides(layer: nn.Module) -> tuple[object, ...]:
     """What two layers must share for the proof of one to cover the other, but for their weights' values."""
     found: list[object] = []
     for name, module in layer.named_modules():
-        simple = {
-            key: value
-            for key, value in vars(module).items()
-            if not key.startswith("_") and key != "layer_idx" and isinstance(value, int | float | str | None)
-        }
-        found.append(
-            (name, type(module).__name__, tuple(sorted((key, repr(value)) for key, value in simple.items())))
-        )
+        simple = sorted((key, repr(value)) for key, value in _settings(module).items())
+        found.append((name, type(module).__name__, tuple(simple)))
     found += [(name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()]
     return tuple(found)
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """What a module was made with, of what can be compared."""
+    if isinstance(module, QuantisedParameter):  # its offset is part of the weight's values
+        return {"shape": tuple(module.shape), "dtype": module.dtype, "backend": module.backend}
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key != "layer_idx" and isinstance(value, int | float | str | None)
+    }
+
+
+def undo_layers(model: PreTrainedModel) -> None:
+    """Gives every decoder layer its own forward back."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedLayer):
+            del module.forward
 
 
 def _shape_of(call: dict[str, Any]) -> tuple[object, ...]:
