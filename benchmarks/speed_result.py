@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import shlex
@@ -110,6 +111,7 @@ def give_result(
         "rows": list(rows),
         **more,
         "machine": facts,
+        "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "seconds": clock.seconds(),
     }

@@ -46,13 +46,16 @@ else:
 
 def environment(**more: str) -> dict[str, str]:
     """In which Python can load the sanitised library. Leaks are not looked for: Python frees little at its end."""
-    runtime = subprocess.run([*COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    path = runtime.stdout.strip()
-    if not Path(path).is_absolute():
+    # C++'s own library too: else the sanitiser, which is ready before torch brings it, finds no `throw` in it.
+    paths = []
+    for name in ("libstdc++.so", "libasan.so"):
+        found = subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        paths.append(found.stdout.strip())
+    if not Path(paths[1]).is_absolute():
         sys.exit(f"{COMPILER[0]} has no libasan.so: install GCC with its sanitisers (Debian: g++), or set CXX=g++")
     return {
         **os.environ,
-        "LD_PRELOAD": path,
+        "LD_PRELOAD": ":".join(reversed(paths)),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:abort_on_error=1",
         "OMP_NUM_THREADS": "1",
