@@ -146,16 +146,18 @@ def execution_accuracy(model: FusedModel, samples: Sequence[Sample], folder: Pat
 
 
 def compared(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each variant the last held-out loss over the seeds, and its relative distance from bfloat16's."""
+    """Of each variant the last held-out loss over the seeds, its distance from bfloat16's, and its answers."""
     lines = []
     reference = {run["seed"]: run["held_out"][-1][1] for run in runs if run["variant"] == "bfloat16"}
     for variant in dict.fromkeys(run["variant"] for run in runs):
         last = {run["seed"]: run["held_out"][-1][1] for run in runs if run["variant"] == variant}
         shared = [seed for seed in last if seed in reference]
         apart = [last[seed] / reference[seed] - 1 for seed in shared]
+        answers = [run["execution"] for run in runs if run["variant"] == variant and "execution" in run]
         lines.append({
             "variant": variant, "seeds": sorted(last), "held_out_loss": statistics.fmean(last.values()),
             "above_bfloat16": statistics.fmean(apart) if apart else None, "above_bfloat16_of_each_seed": apart,
+            "right": sum(one["right"] for one in answers), "questions": sum(one["questions"] for one in answers),
         })  # fmt: skip
     return lines
 
@@ -189,7 +191,7 @@ def main() -> int:
     facts = {
         "settings": {"steps": options.steps, "learning_rate": options.rate, "row_tokens": ROW_TOKENS, "rank": 16,
                      "training_samples": len(training), "held_out_samples": len(held_out)},
-        "machine": machine(detect()), "command": " ".join(sys.argv),
+        "machine": machine(detect()), "command": "python " + " ".join(sys.argv),
     }  # fmt: skip
     runs: list[dict[str, Any]] = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
     for seed in range(options.seeds):
@@ -206,7 +208,9 @@ def main() -> int:
             write_text(options.output, json.dumps({**facts, "compared": compared(runs), "runs": runs}, indent=1))
     for line in compared(runs):
         apart = "" if line["above_bfloat16"] is None else f", {100 * line['above_bfloat16']:+.2f} % from bfloat16"
-        print(f"{line['variant']}: held-out loss {line['held_out_loss']:.4f} over {len(line['seeds'])} seeds{apart}")
+        right = f"; {line['right']} of {line['questions']} questions answered right" if line["questions"] else ""
+        held_out = f"held-out loss {line['held_out_loss']:.4f} over {len(line['seeds'])} seeds"
+        print(f"{line['variant']}: {held_out}{apart}{right}")
     return 0
 
 

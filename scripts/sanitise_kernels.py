@@ -1,8 +1,8 @@
 """The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer, in every instruction set of this machine.
 
 Builds csrc into build/sanitised, beside the library that fitune uses and never over it, shows that both sanitisers
-see an error when there is one, and runs the stand-alone driver and tests/kernels with that library. Ends at the first
-finding, with its report. Tests of torch's registration and of fake tensors (schema, fake) and those that start other
+see an error when there is one, and runs the stand-alone driver and the kernels' tests with that library. Ends at the
+first finding, with its report. Tests of torch's registration and of fake tensors (schema, fake) and those that start other
 instruction sets are left out: no kernel of ours runs in the former, and this script does the latter.
 """
 
@@ -21,6 +21,7 @@ DRIVER = BUILD / "native_driver"
 SANITISE = (
     "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1 -w"
 )
+TESTS = ("tests/kernels", "tests/fuse/test_layer_step.py")  # the latter for the whole layer of generation
 LEFT_OUT = "not instruction_set and not fake and not schema"
 COMPILER = os.environ.get("CXX", "g++").split()
 
@@ -103,7 +104,7 @@ def main() -> None:
         print(f"{name}:", flush=True)
         command = [sys.executable, "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", "-k", LEFT_OUT]
         done = subprocess.run(
-            [*command, "tests/kernels", *sys.argv[1:]], cwd=REPOSITORY,
+            [*command, *TESTS, *sys.argv[1:]], cwd=REPOSITORY,
             env=environment(FITUNE_INSTRUCTION_SET=name), check=False,
         )  # fmt: skip
         if done.returncode:
