@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +32,19 @@ class Method:
         warm_steps: steps before any is timed.
         trial_steps: timed steps of each of the peer's variants before the fastest is chosen; where steps are small
             and unlike, `UNLIKE_STEPS` times as many.
+        is_quick: the variant tried first is timed only beside the next one, and ours warm up on one step less.
     """
 
     rounds: int
     warm_steps: int
     trial_steps: int
     threads: int
+    is_quick: bool = False
+
+    @property
+    def own_warm_steps(self) -> int:
+        """Those of ours: a step less where it has to be quick."""
+        return self.warm_steps + (0 if self.is_quick else 1)
 
     def trial_steps_of(self, case: Case) -> int:
         return self.trial_steps if case.has_fixed_rows else self.trial_steps * UNLIKE_STEPS
@@ -141,11 +148,11 @@ def needed_bytes(case: Case, variant: Variant) -> float:
 
 @dataclass(frozen=True)
 class _Best:
-    """The fastest variant so far: seconds of its first step, and of its timed ones on average."""
+    """The fastest variant so far: seconds of its first step, and of its timed ones on average (None: not timed)."""
 
     variant: Variant
     first_seconds: float
-    seconds: float
+    seconds: float | None
 
 
 def fastest_peer(
@@ -162,7 +169,9 @@ def fastest_peer(
     try:
         for variant in variants:
             needed = needed_bytes(case, variant)
-            if kept is not None and room_bytes([kept]) < needed:
+            if best is not None and kept is not None and room_bytes([kept]) < needed:
+                if best.seconds is None:
+                    best = replace(best, seconds=kept.step())
                 kept.close()
                 kept = None
             room = room_bytes([kept] if kept else [])
@@ -209,7 +218,12 @@ def _tried(
         worker.step()
     timed: list[float] = []
     beside: list[float] = []
-    limit, note = best.seconds if best else math.inf, ""
+    limit, note = (best.seconds if best else None) or math.inf, ""
+    if best is None and method.is_quick and case.has_fixed_rows:
+        trial = Trial(
+            variant.name, None, worker.memory()[0], worker.load_seconds, worker.seconds[0], "timed beside the next"
+        )
+        return trial, _Best(variant, worker.seconds[0], None)
     if best is not None and worker.seconds[0] > GIVEN_UP_AFTER_FIRST * best.first_seconds:
         note, timed = "given up after its first step", worker.seconds[-1:]
     while not note and len(timed) < method.trial_steps_of(case):
@@ -255,7 +269,7 @@ def compare(
     first = None if case.has_fixed_rows else 0
     sides = {compute: _Side(worker) for compute, worker in ours.items()}
     for side in sides.values():
-        for _ in range(method.warm_steps + 1):
+        for _ in range(method.own_warm_steps):
             side.step(first)
         side.seconds.clear()
         side.check_samples(peer.worker)
@@ -325,7 +339,7 @@ def _row(
         peer_load_peak_bytes=theirs.load_peak_bytes,
         load_seconds=ours.load_seconds,
         peer_load_seconds=theirs.load_seconds,
-        warm_up_seconds=sum(ours.seconds[: method.warm_steps + 1]),
+        warm_up_seconds=sum(ours.seconds[: method.own_warm_steps]),
         peer_warm_up_seconds=sum(theirs.seconds[: peer.warm_steps]),
         tokens_counted=sum(ours.step_tokens[:counted]),
         tokens_computed=sum(ours.computed_tokens[:counted]),

@@ -181,7 +181,7 @@ def main() -> int:
     hardware = detect(with_accelerators=False)
     method = Method(
         options.rounds, warm_steps=1, trial_steps=1 if options.quick else 2,
-        threads=options.threads or hardware.threads,
+        threads=options.threads or hardware.threads, is_quick=options.quick,
     )  # fmt: skip
     computes = options.compute or default_computes(hardware)
     clock = Clock()

@@ -12,7 +12,7 @@ import torch
 import train_speed
 from speed_cases import CASES, MODELS, RANK, VARIANTS, chosen_cases
 from speed_process import Worker, WorkerFailed
-from speed_rounds import Method, PeerSide, Row, Trial, start_peer, trial_sentence, turns
+from speed_rounds import Method, PeerSide, Row, Trial, fastest_peer, start_peer, trial_sentence, turns
 from tiny_case import TINY, TINY_CASE, tiny_inputs
 
 from fitune.config import load
@@ -155,3 +155,21 @@ def test_every_format_takes_turns_with_the_same_steps_of_the_peer(tmp_path: Path
         assert row.largest_loss_difference is not None
         assert row.largest_loss_difference < 0.02
     assert narrow.losses != wide.losses
+
+
+@pytest.mark.slow
+def test_a_quick_search_times_the_first_variant_beside_the_next(tmp_path: Path) -> None:
+    inputs = dataclasses.replace(tiny_inputs(tmp_path), adapter=tmp_path / "adapter")
+    method = Method(rounds=1, warm_steps=1, trial_steps=1, threads=1, is_quick=True)
+    said: list[str] = []
+    peer = fastest_peer(inputs, VARIANTS[:2], method, said.append)
+    try:
+        assert [trial.note for trial in peer.trials][0] == "timed beside the next"
+        assert peer.trials[1].tokens_per_second is not None
+        assert peer.variant in VARIANTS[:2]
+        assert len(peer.worker.losses) == peer.warm_steps == 2
+    finally:
+        peer.worker.close()
+    alone = fastest_peer(inputs, VARIANTS[:1], method, said.append)
+    alone.worker.close()
+    assert alone.variant == VARIANTS[0]
