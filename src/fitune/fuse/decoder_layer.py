@@ -1,7 +1,8 @@
 """A whole decoder layer as one autograd node.
 
 What it saves is chosen here: the residual stream before each half of the layer, and what the halves' own parts ask
-for; norms are computed again in the backward pass. The layer stays the module it was, its `forward` is replaced:
+for; norms are computed again in the backward pass. With `recompute` it saves the layer's input, and computes all but
+the last product again. The layer stays the module it was, its `forward` is replaced:
 names, parameters, adapters and whatever looks for its class find what they found before.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fitune.fuse.attention_part import AttentionForm, AttentionPart, CachedCall, LayerCall, Saved
 from fitune.fuse.gated_mlp import FusedGatedMLP, GatedMLPPart
@@ -70,7 +72,11 @@ def _halved(x: Tensor, rows: int, tokens: int) -> Tensor:
 
 
 class FusedLayer:
-    """The pass through one decoder layer; calls the original where it does not cover how it is called."""
+    """The pass through one decoder layer; calls the original where it does not cover how it is called.
+
+    Attributes:
+        recompute: whether a pass with gradients saves the layer's input only, and computes the rest again.
+    """
 
     def __init__(
         self, layer: nn.Module, form: LayerForm, attention: AttentionPart, mlp: GatedMLPPart, positions: Positions,
@@ -84,6 +90,7 @@ class FusedLayer:
         self.linears = [*attention.linears, *mlp.linears]
         self.positions = positions
         self.backend = backend
+        self.recompute = False
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, T, C] -> [B, T, C]."""
@@ -94,6 +101,9 @@ class FusedLayer:
             return stepped
         parts = covered_all(self.linears) if not args and (cached or given == {"documents"}) else None
         if parts is None:
+            if self.recompute and torch.is_grad_enabled():
+                again: Tensor = checkpoint(self.original, hidden_states, *args, use_reentrant=False, **kwargs)
+                return again
             return self.original(hidden_states, *args, **kwargs)
         rows, tokens, width = hidden_states.shape
         turning = kwargs.get("position_embeddings")
@@ -194,14 +204,23 @@ class _Layer(torch.autograd.Function):
         first, half = _half(layer, 0, x, lambda inner: layer.attention.forward(inner, call, attending))
         second, out = _half(layer, 2, half, lambda inner: layer.mlp.forward(inner, feeding))
         ctx.layer, ctx.call, ctx.products, ctx.saved_by_first = layer, call, (attending, feeding), len(first)
-        ctx.save_for_backward(x, half, *first, *second)
+        ctx.recompute = layer.recompute
+        if layer.recompute:
+            ctx.save_for_backward(x, second[-1])
+        else:
+            ctx.save_for_backward(x, half, *first, *second)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer, call, (attending, feeding) = ctx.layer, ctx.call, ctx.products
-        x, half, *saved = ctx.saved_tensors
-        first, second = saved[: ctx.saved_by_first], saved[ctx.saved_by_first :]
+        if ctx.recompute:
+            x, down_u = ctx.saved_tensors
+            first, half = _half(layer, 0, x, lambda inner: layer.attention.forward(inner, call, attending))
+            second = _second_half_again(layer, half, feeding, down_u)
+        else:
+            x, half, *saved = ctx.saved_tensors
+            first, second = saved[: ctx.saved_by_first], saved[ctx.saved_by_first :]
         grad, mlp_grads = _half_backward(
             layer, 2, grad, half, second,
             lambda g, inner, kept: layer.mlp.backward(g, inner, feeding, kept),
@@ -222,6 +241,14 @@ def _half(
     out, after_rstd = layer.norm(raw, place + 1)
     total = torch.add(x, out, alpha=layer.form.scale)
     return [rstd, None if after_rstd is None else raw, after_rstd, *saved], total
+
+
+def _second_half_again(layer: FusedLayer, half: Tensor, feeding: Sequence[SharedProduct], down_u: Tensor) -> Saved:
+    """What the MLP's gradient needs; its output only where a norm after it asks for that."""
+    if layer.norms[3] is not None:
+        return _half(layer, 2, half, lambda inner: layer.mlp.forward(inner, feeding))[0]
+    inner, rstd = layer.norm(half, 2)
+    return [rstd, None, None, *layer.mlp.forward_again(inner, feeding, down_u)]
 
 
 def _half_backward(

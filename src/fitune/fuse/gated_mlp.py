@@ -86,6 +86,11 @@ class GatedMLPPart:
         (out,), down_us = down.forward(inner)
         return out, [gated, upped, *us, *down_us]
 
+    def forward_again(self, x: Tensor, products: Sequence[SharedProduct], down_u: Tensor) -> list[Tensor]:
+        """What `backward` needs, without the output; `down_u` is the last that `forward` gave."""
+        (gated, upped), us = products[0].forward(x)
+        return [gated, upped, *us, down_u]
+
     def backward(
         self, grad: Tensor, x: Tensor, products: Sequence[SharedProduct], saved: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from fitune.data.batch import Batch
 from fitune.errors import FituneError
 from fitune.fuse.attention import documents_given
+from fitune.fuse.decoder_layer import FusedLayer
 from fitune.fuse.head import PLAIN_LOGITS, LogitForm, token_logprobs
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
+from fitune.models.graph import recompute_layers
 
 PROOF_TOKENS = 8
 
@@ -45,6 +47,16 @@ class FusedModel:
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that learn, in a fixed order."""
         return [parameter for parameter in self.graph.parameters() if parameter.requires_grad]
+
+    def recompute_layers(self) -> None:
+        """Has every layer computed again in the backward pass. Raises InputError for a model that cannot."""
+        recompute_layers(self.graph)
+        for module in self.graph.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, FusedLayer):
+                # transformers' own way goes around the layer or inside its class's forward, by version: not here.
+                module.gradient_checkpointing = False
+                forward.recompute = True
 
     def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets of non-zero weight [n] (float32, differentiable), and their weights [n].

@@ -19,7 +19,6 @@ from fitune.models.graph import (
     head_name,
     parameter_dtype,
     quantised_names,
-    recompute_layers,
     set_quantised,
     use_plain_experts,
 )
@@ -63,7 +62,7 @@ def small_model(
     plain_attention = graph.config._attn_implementation
     model = prepare(graph, adapted, dtype, backend, proofs=False)
     if run.train.recompute == "layers":
-        recompute_layers(graph)
+        model.recompute_layers()
     graph.train()
     if run.train.compute == "int8":
         recode_unseen(model, filled)

@@ -15,7 +15,7 @@ from fitune.fuse.int8_calibration import calibrate
 from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.models.build import build_dense, build_quantised
-from fitune.models.graph import head_name, recompute_layers
+from fitune.models.graph import head_name
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress
 from fitune.plan.computation import Computation
@@ -51,7 +51,7 @@ def build_for_training(
     model = prepare(graph, adapted, dtype, backend)
     model.report.left.update({f"adapter ({layers})": reason for layers, reason in left.items()})
     if config.train.recompute == "layers":
-        recompute_layers(graph)
+        model.recompute_layers()
     graph.train()
     if computation.trains_in_int8:
         calibrate(model, calibration)
