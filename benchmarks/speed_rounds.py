@@ -148,7 +148,7 @@ def needed_bytes(case: Case, variant: Variant) -> float:
 
 @dataclass(frozen=True)
 class _Best:
-    """The fastest variant so far: seconds of its first step, and of its timed ones on average (None: not timed)."""
+    """The fastest variant so far: seconds of its first step, and of its timed ones (None: not timed)."""
 
     variant: Variant
     first_seconds: float
@@ -218,6 +218,8 @@ def _tried(
         worker.step()
     timed: list[float] = []
     beside: list[float] = []
+    # Of steps that are all alike the quickest is taken: a moment's company makes a step slower, never quicker.
+    typical = min if case.has_fixed_rows else statistics.fmean
     limit, note = (best.seconds if best else None) or math.inf, ""
     if best is None and method.is_quick and case.has_fixed_rows:
         trial = Trial(
@@ -229,11 +231,11 @@ def _tried(
     while not note and len(timed) < method.trial_steps_of(case):
         if kept is not None:
             beside.append(kept.step(None if case.has_fixed_rows else len(worker.losses) % len(worker.step_tokens)))
-            limit = statistics.fmean(beside)
+            limit = typical(beside)
         timed.append(worker.step())
-        if case.has_fixed_rows and statistics.fmean(timed) > GIVEN_UP_AFTER_TIMED * limit:
+        if case.has_fixed_rows and typical(timed) > GIVEN_UP_AFTER_TIMED * limit:
             note = f"given up after {len(timed)} timed steps"
-    seconds = statistics.fmean(timed)
+    seconds = typical(timed)
     numbers = [number % len(worker.step_tokens) for number in range(len(worker.seconds))]
     rate = sum(worker.step_tokens[number] for number in numbers[-len(timed) :]) / sum(timed)
     trial = Trial(variant.name, rate, worker.memory()[0], worker.load_seconds, worker.seconds[0], note)

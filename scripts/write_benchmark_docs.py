@@ -112,7 +112,10 @@ class Section:
 SECTIONS = (
     Section("train_speed", "Training beside transformers + PEFT + bitsandbytes", _train_speed),
     Section("train_speed_shapes", "The same on other shapes", _train_speed),
-    Section("train_speed_recompute", "The same with recomputation, and under torch.compile", _train_speed),
+    Section(
+        "train_speed_recompute", "SmolLM2-135M with recomputation, and the peer under torch.compile", _train_speed
+    ),
+    Section("train_speed_recompute_1b", "1.1B Llama shape with recomputation", _train_speed),
     Section("loss_agreement", "Losses beside the peer's in float32", _loss_agreement),
     Section("machine_limit", "The share of the machine's limit", _machine_limit),
     Section("ablation", "What each part is worth: SmolLM2-135M", _ablation),
