@@ -2,8 +2,8 @@
 
 Builds csrc into build/sanitised, beside the library that fitune uses and never over it, shows that both sanitisers
 see an error when there is one, and runs the stand-alone driver and the kernels' tests with that library. Ends at the
-first finding, with its report. Tests of torch's registration and of fake tensors (schema, fake) and those that start other
-instruction sets are left out: no kernel of ours runs in the former, and this script does the latter.
+first finding, with its report. Tests of torch's registration and of fake tensors (schema, fake) and those that start
+other instruction sets are left out: no kernel of ours runs in the former, and this script does the latter.
 """
 
 from __future__ import annotations
