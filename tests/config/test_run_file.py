@@ -502,6 +502,20 @@ def test_any_values_of_real_fields_are_a_config_or_problems_with_lines(folder: P
         assert config.load(folder / "again.yaml") == read
 
 
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("weight: 0", "line 4: data.train.weight: must be a number greater than 0 and at most 1000, found 0"),
+        ("weight: much", "line 4: data.train.weight: must be a number"),
+        ("format: [1]", "line 4: data.train.format: must be text, found a list"),
+    ],
+)
+def test_one_entry_without_its_list_has_its_line(folder: Path, written: str, told: str) -> None:
+    found = problems(folder, f"data:\n  train:\n    path: gone.jsonl\n    {written}\n")
+    assert len(found) == 2
+    assert found[1].startswith(told)
+
+
 def test_the_nearest_name_is_what_difflib_finds() -> None:
     """An independent look at the suggestions: the best ratio among the section's fields."""
     names = list(RunConfig.model_fields["train"].annotation.model_fields)  # type: ignore[union-attr]

@@ -73,6 +73,7 @@ class _Reader:
         self.told: list[tuple[bool, int, str]] = []  # from an override?, line, text
         self.nodes: dict[str, Node] = {}  # of every field that was written
         self.bad: set[str] = set()  # fields whose value could not be taken
+        self.lone: set[str] = set()  # lists of which one entry was written, without its list
 
     def problems(self) -> list[str]:
         return list(dict.fromkeys(text for _, _, text in sorted(self.told, key=lambda entry: entry[:2])))
@@ -130,7 +131,8 @@ class _Reader:
             return self.section(node, section, where)
         for option in options:
             if option.type is tuple and section_of(option.items[0]) is not None:
-                return [self.value(node, option.items[0], where)]  # one entry, without its list
+                self.lone.add(where)
+                return [self.value(node, option.items[0], where)]
         if not any(option.type is dict for option in options):
             raise UnfitError(f"must be {in_words(options)}, found a mapping")
         mapping: dict[str, str] = {}
@@ -279,6 +281,9 @@ class _Reader:
             return False
         names = _field_location(fault["loc"])
         where = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
+        for alone in self.lone:
+            if where.startswith(f"{alone}[0]"):
+                where = alone + where.removeprefix(f"{alone}[0]")
         options = _options_at(names)
         if self.is_bad(where):
             return _take_out(values, names)
