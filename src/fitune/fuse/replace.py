@@ -183,7 +183,7 @@ def _replace_layers(
         distance = _model_distance(model, _packed_logits(model), packed)
         if not distance <= WHOLE_MODEL_TOLERANCE:
             undo_layers(model)
-            count, left = 0, {"all": f"with them the model's output differs by {distance:.1e}"}
+            count, left = 0, left | {"all": f"with them the model's output differs by {distance:.1e}"}
     if count:
         report.replaced["layer"] = count
     report.left |= {f"layer ({kind})": reason for kind, reason in left.items()}
