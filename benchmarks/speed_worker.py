@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fitune.errors import InputError
-from fitune.process_memory import give_back_free_memory, peak_bytes, resident_bytes
+from fitune.process_memory import ask_for_huge_pages, give_back_free_memory, peak_bytes, resident_bytes
 
 
 class Trainer(Protocol):
@@ -134,6 +134,8 @@ def open_side(spec: dict[str, Any]) -> Trainer | Generator:
     {"side", "steps", "adapter"} and "run_file" and "without" (fitune), or "model", "variant" and "threads" (peer);
     to generate {"side", "model", "prompts", "new_tokens"} and "four_bit" (fitune) or "threads" (transformers).
     """
+    if spec["side"] == "fitune":
+        ask_for_huge_pages()  # as the command does
     if "prompts" in spec:
         from speed_generation import open_generator
 

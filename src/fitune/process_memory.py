@@ -1,4 +1,4 @@
-"""This process's resident memory, and giving back what it does not use."""
+"""This process's resident memory: how it is taken, and giving back what is not used."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def ask_for_huge_pages() -> None:
+    """Has torch take tensors of 2 MB and more on pages of that size, unless the environment says otherwise.
+
+    Linux then maps 2 MB at a time instead of 4 KB, and the heap has fewer holes (docs/log.md: 3 to 5 % of a step and
+    of the peak). To be called before torch makes its first tensor: it reads the variable once.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def bound_primitive_cache() -> None:

@@ -20,6 +20,7 @@ import typer
 from fitune import __version__
 from fitune.cli import chat, doctor, evaluate, init, merge, models, plan, quickstart, train
 from fitune.errors import FituneError
+from fitune.process_memory import ask_for_huge_pages
 
 app = typer.Typer(
     name="fitune",
@@ -78,6 +79,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits the process with its code."""
+    ask_for_huge_pages()
     sys.exit(run(arguments))
 
 
