@@ -86,6 +86,8 @@ class Variant:
 
 
 VARIANTS = (Variant(False, False), Variant(True, False), Variant(False, True), Variant(True, True))
+# Where a processor has no bfloat16 instructions, torch's bfloat16 products are many times slower than float32's.
+FLOAT32_VARIANTS = (Variant(False, False, float32=True), Variant(False, True, float32=True))
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
 

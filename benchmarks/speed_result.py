@@ -50,10 +50,15 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--threads: at least 1 is needed")
 
 
+def has_bfloat16(hardware: Hardware) -> bool:
+    """Whether the processor computes in bfloat16."""
+    return bool(BFLOAT16_SETS & hardware.instruction_sets)
+
+
 def default_computes(hardware: Hardware) -> list[str]:
     """What `auto` means here, and int8 where fitune knows it."""
     known = get_args(TrainSettings.model_fields["compute"].annotation)
-    best = "bfloat16" if BFLOAT16_SETS & hardware.instruction_sets else "float32"
+    best = "bfloat16" if has_bfloat16(hardware) else "float32"
     return [best, *(name for name in known if name == "int8")]
 
 

@@ -1,8 +1,8 @@
 """QLoRA training on the CPU: tokens a second and memory of fitune and of transformers + PEFT + bitsandbytes.
 
     python benchmarks/train_speed.py [--quick] [--json] [--cases A,B] [--compute bfloat16,...] [--alpaca FILE]
-                                     [--recompute] [--compile] [--rounds N] [--threads N] [--folder DIR]
-                                     [--output FILE.json]
+                                     [--recompute] [--compile] [--peer-float32] [--rounds N] [--threads N]
+                                     [--folder DIR] [--output FILE.json]
 
 The same 16-bit weights, the same rows of tokens, LoRA of rank 16 (alpha 32) on all linear layers of the decoder
 from the same first values, AdamW in float32, the same learning rate and clipping. Each side is a process of its own
@@ -19,11 +19,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
-from speed_cases import QUICK_CASES, VARIANTS, Variant, chosen_cases
+from speed_cases import FLOAT32_VARIANTS, QUICK_CASES, VARIANTS, Variant, chosen_cases
 from speed_inputs import Inputs, prepared_inputs, write_run_file
 from speed_process import Worker, WorkerFailed
 from speed_result import (
@@ -34,6 +35,7 @@ from speed_result import (
     default_computes,
     folders,
     give_result,
+    has_bfloat16,
     machine_facts,
     title,
     words,
@@ -71,6 +73,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--alpaca", type=Path, metavar="FILE", help="a JSON list of instructions, for case alpaca")
     parser.add_argument("--recompute", action="store_true", help="add rows of full recomputation on both sides")
+    parser.add_argument(
+        "--peer-float32", action="store_true", help="the peer in float32 (always so without bfloat16 instructions)"
+    )
     parser.add_argument("--compile", action="store_true", help="add rows of the peer under torch.compile")
     add_options(parser, ROUNDS, "timed steps of each side")
     options = parser.parse_args(arguments)
@@ -135,15 +140,16 @@ def rows_of(
 def _groups(options: argparse.Namespace) -> Iterator[tuple[Recompute, list[Variant]]]:
     """What is compared with what: the fastest with the fastest, recomputation with checkpointing."""
     # Checkpointing computes the same and more; a quick look can do without having seen that.
-    yield "none", [variant for variant in VARIANTS if not (options.quick and variant.checkpointing)]
+    variants = FLOAT32_VARIANTS if options.peer_float32 else VARIANTS
+    yield "none", [variant for variant in variants if not (options.quick and variant.checkpointing)]
     if options.recompute:
-        yield "layers", [variant for variant in VARIANTS if variant.checkpointing]
+        yield "layers", [variant for variant in variants if variant.checkpointing]
 
 
 def _compiled_rows(
     inputs: Inputs, best: Variant, computes: Sequence[str], method: Method, say: Say
 ) -> Iterator[Row]:  # fmt: skip
-    variant = Variant(best.autocast, best.checkpointing, compiled=True)
+    variant = replace(best, compiled=True)
     try:
         worker = start_peer(inputs, variant, method)
     except WorkerFailed as error:
@@ -179,6 +185,7 @@ def row_cells(row: Row) -> list[str]:
 def main() -> int:
     options = parse()
     hardware = detect(with_accelerators=False)
+    options.peer_float32 |= not has_bfloat16(hardware)
     method = Method(
         options.rounds, warm_steps=1, trial_steps=1 if options.quick else 2,
         threads=options.threads or hardware.threads, is_quick=options.quick,
