@@ -102,27 +102,45 @@ def _generation_speed(result: Found) -> Iterator[Table]:
 
 @dataclass(frozen=True)
 class Section:
-    """A file of results, if it is there."""
+    """A file of results, if it is there.
+
+    Attributes:
+        environment: variables that the command was run under.
+    """
 
     file: str
     title: str
     tables: Callable[[Found], Iterator[Table]]
+    environment: str = ""
 
 
-SECTIONS = (
+SECTIONS: tuple[Section, ...] = (
     Section("train_speed", "Training beside transformers + PEFT + bitsandbytes", _train_speed),
     Section("train_speed_shapes", "The same on other shapes", _train_speed),
     Section(
         "train_speed_recompute", "SmolLM2-135M with recomputation, and the peer under torch.compile", _train_speed
     ),
     Section("train_speed_recompute_1b", "1.1B Llama shape with recomputation", _train_speed),
+    Section(
+        "train_speed_avx512_bf16", "As without AMX, simulated on both sides", _train_speed,
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 FITUNE_INSTRUCTION_SET=avx512_bf16",
+    ),
+    Section(
+        "train_speed_avx512", "As with AVX-512 and no bfloat16, simulated on both sides", _train_speed,
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE FITUNE_INSTRUCTION_SET=avx512",
+    ),
+    Section(
+        "train_speed_avx2", "As with AVX2, simulated on both sides", _train_speed,
+        "ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 FITUNE_INSTRUCTION_SET=avx2",
+    ),
     Section("loss_agreement", "Losses beside the peer's in float32", _loss_agreement),
+    Section("loss_agreement_1b", "The same of the 1.1B Llama shape", _loss_agreement),
     Section("machine_limit", "The share of the machine's limit", _machine_limit),
     Section("ablation", "What each part is worth: SmolLM2-135M", _ablation),
     Section("ablation_1b", "What each part is worth: 1.1B Llama shape", _ablation),
     Section("cost_curves", "What a step costs", _cost_curves),
     Section("generation_speed", "Generation beside transformers", _generation_speed),
-)
+)  # fmt: skip
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -145,7 +163,7 @@ def results_page() -> str:
             f"## {section.title}\n\n"
             f"[{path.name}](../benchmarks/results/{path.name}): {when}{machine['cpu']}, "
             f"{machine['threads']} threads, {machine['kernels']}, {result['seconds'] / 60:.0f} minutes.\n\n"
-            f"```bash\n{result['command']}\n```\n"
+            f"```bash\n{' '.join(filter(None, (section.environment, result['command'])))}\n```\n"
         )
         for above, columns, rows in section.tables(result):
             parts += [above + "\n"] if above else []
