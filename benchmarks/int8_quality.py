@@ -115,7 +115,9 @@ def train(
     assert settings.learning_rate is not None
     torch.manual_seed(config.seed)
     model = build(config, variant, rows)
-    optimizer = make_optimizer(settings.optimizer, model.trainable, settings.betas, settings.weight_decay)
+    optimizer = make_optimizer(
+        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend
+    )
     schedule = Schedule(settings.schedule, settings.learning_rate, settings.steps, settings.warmup_share)
     losses, validation, seconds = [], [(0, validation_loss(model, held_out, rows))], 0.0
     for number, (_, step_rows) in enumerate(rows.steps(settings.epochs, settings.steps)):

@@ -71,8 +71,9 @@ class Fitune:
         if adapter is not None:
             _begin_with(self.model.adapted, adapter)
         self.optimizer = make_optimizer(
-            config.train.optimizer, self.model.trainable, config.train.betas, config.train.weight_decay
-        )
+            config.train.optimizer, self.model.trainable, config.train.betas, config.train.weight_decay,
+            self.model.backend,
+        )  # fmt: skip
         self.report = {
             "computation": computation.reason,
             "replaced": dict(self.model.report.replaced),

@@ -15,8 +15,9 @@
 extern "C" {
 #endif
 
-enum { FITUNE_ABI = 7 };
+enum { FITUNE_ABI = 8 };
 enum { FITUNE_FLOAT32 = 0, FITUNE_BFLOAT16 = 1, FITUNE_FLOAT16 = 2 };
+enum { FITUNE_MOMENT_MAP_WORDS = 256 + 256 + 65536 };
 enum { FITUNE_SILU = 0, FITUNE_GELU_TANH = 1 };
 
 /* Where a tensor [rows, tokens, heads, D] lies: D is contiguous, the strides are in elements. */
@@ -190,6 +191,15 @@ typedef struct FituneKernels {
 
   /* out = x + scale * y, n elements; out may be x. */
   void (*add_scaled)(const void *x, const void *y, int kind, int64_t n, float scale, void *out, int threads);
+
+  /* One step of AdamW on p [n] from grad [n]. Both moments are codes [n] with absmax [ceil(n / 256)]; a map is
+   * FITUNE_MOMENT_MAP_WORDS words of 4 bytes: the 256 values of the codes, increasing; the middles between neighbours,
+   * and infinity; and for the high 16 bits of every float32 the code (int32) nearest to the least value in [-1, 1]
+   * with these bits: the greatest may be one code higher, no more.
+   * settings: beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - rate * weight decay, rate / (1 - beta1^step),
+   * sqrt(1 - beta2^step). Gradients must be finite. */
+  void (*adamw8bit)(float *p, const float *grad, uint8_t *codes1, uint8_t *codes2, float *absmax1, float *absmax2,
+                    int64_t n, const float *map1, const float *map2, const float *settings, int threads);
 
   /* Null where the instruction set has no dot products of bfloat16. */
   const FituneProducts *products;

@@ -48,3 +48,7 @@ class Interrupted(FituneError):  # noqa: N818 - it is no error
     """The user asked to stop (Ctrl-C or SIGTERM); the message says what was saved and how to go on."""
 
     exit_code = 130
+
+
+class MemoryShortError(FituneError):
+    """Memory ran short while a run went on; the message says what was saved and how to go on."""

@@ -180,6 +180,16 @@ def memory_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[MemoryLimi
     return limits
 
 
+def memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> tuple[int, int]:
+    """RAM, or the container's limit where that is lower, and what of it can be taken now without swapping."""
+    total, available = memory_from(_read(proc / "meminfo") or "")
+    for limit in memory_limits(proc, cgroups):
+        total = min(total or limit.limit_bytes, limit.limit_bytes)
+        room = max(0, limit.limit_bytes - limit.used_bytes)
+        available = min(available, room) if available else room
+    return total, min(available, total)
+
+
 def allowed_threads(affinity: int, quota: float | None) -> int:
     """Threads to run: no more than the CPUs this process may use, nor than its quota, rounded up."""
     return max(1, affinity if quota is None else min(affinity, math.ceil(quota)))
@@ -214,22 +224,20 @@ def detect(proc: Path = PROC, cgroups: Path = CGROUPS, *, with_accelerators: boo
     cpuinfo = _read(proc / "cpuinfo") or ""
     quota = cpu_quota(proc, cgroups)
     affinity = _affinity()
-    total, available = memory_from(_read(proc / "meminfo") or "")
+    unlimited, _ = memory_from(_read(proc / "meminfo") or "")
+    total, available = memory(proc, cgroups)
     words: list[str] = []
     if quota is not None:
         words.append(f"CPU quota of {quota:g} of {affinity} CPUs")
     for limit in memory_limits(proc, cgroups):
-        if total and limit.limit_bytes < total:
+        if unlimited and limit.limit_bytes < unlimited:
             words.append(f"memory limit of {limit.limit_bytes / 1e9:.1f} GB")
-        total = min(total or limit.limit_bytes, limit.limit_bytes)
-        room = max(0, limit.limit_bytes - limit.used_bytes)
-        available = min(available, room) if available else room
     return Hardware(
         cpu_model=cpu_model(cpuinfo),
         threads=allowed_threads(affinity, quota),
         instruction_sets=instruction_sets(cpuinfo),
         memory_bytes=total,
-        available_bytes=min(available, total),
+        available_bytes=available,
         accelerators=accelerators() if with_accelerators else (),
         limits=tuple(dict.fromkeys(words)),
     )

@@ -242,6 +242,74 @@ void check_add_scaled(int kind, int64_t n) {
   if (mutated.empty() && in_place != made) fail("other bits in place");
 }
 
+// The dynamic type's 256 values as FITUNE_MOMENT_MAP_WORDS says.
+std::vector<uint32_t> moment_map(bool is_signed) {
+  std::vector<float> values = {0, 1};
+  for (int exponent = 0; exponent < 7; exponent++)
+    for (int i = 0, count = 1 << (exponent + !is_signed); i < count; i++) {
+      float mean = (float)(pow(10, exponent - 6) * (0.1 + 0.9 * (i + 0.5) / count));
+      values.push_back(mean);
+      if (is_signed) values.push_back(-mean);
+    }
+  std::sort(values.begin(), values.end());
+  std::vector<float> middles;
+  for (size_t i = 0; i < 255; i++) middles.push_back((values[i] + values[i + 1]) / 2);
+  middles.push_back(INFINITY);
+  std::vector<uint32_t> words(FITUNE_MOMENT_MAP_WORDS);
+  memcpy(&words[0], values.data(), 1024), memcpy(&words[256], middles.data(), 1024);
+  for (uint32_t high = 0; high < 65536; high++) {
+    uint32_t bits = high << 16 | (high >> 15 ? 0xffff : 0);
+    float least;
+    memcpy(&least, &bits, 4);
+    least = isnan(least) ? 0 : std::max(-1.0f, std::min(1.0f, least));
+    for (size_t i = 0; i < 255; i++) words[512 + high] += least > middles[i];
+  }
+  return words;
+}
+
+void check_adamw8bit(int64_t n, float decay) {
+  current = "adamw8bit";
+  Random random((uint64_t)n + 5);
+  const int64_t blocks = (n + 255) / 256;
+  const float settings[] = {0.9f, 0.1f, 0.99f, 0.01f, 1e-8f, 1 - decay, 0.02f, 0.3f};
+  Doubles p = rounded(0, random.normals(n)), grad = rounded(0, random.normals(n)), expected = p, moments[2], peaks[2];
+  for (int64_t i = 256; i < std::min<int64_t>(n, 512); i++) grad[(size_t)i] = 0;
+  const std::vector<uint32_t> maps[] = {moment_map(true), moment_map(false)};
+  std::vector<uint8_t> codes[] = {random.bytes(n), random.bytes(n)};
+  std::vector<float> values[2];
+  for (int which : {0, 1}) {
+    values[which].resize(256);
+    memcpy(values[which].data(), maps[which].data(), 1024);
+    for (int64_t block = 0; block < blocks; block++) peaks[which].push_back(block == 1 ? 0 : 0.5 + 0.25 * (double)(block % 3));
+    for (int64_t i = 0; i < n; i++) {
+      double g = grad[(size_t)i], old = values[which][codes[which][(size_t)i]] * peaks[which][(size_t)(i / 256)];
+      moments[which].push_back(old * settings[2 * which] + (which ? g * g : g) * settings[2 * which + 1]);
+    }
+  }
+  for (size_t i = 0; i < p.size(); i++)
+    expected[i] = p[i] * settings[5] - settings[6] * (moments[0][i] / (sqrt(moments[1][i]) / settings[7] + settings[4]));
+  auto made = everywhere(
+      {real(0, grad), raw(maps[0]), raw(maps[1])},
+      {real(0, p), raw(codes[0]), raw(codes[1]), real(0, peaks[0]), real(0, peaks[1])},
+      [&](char *const *in, char *const *to, int threads) {
+        kernels->adamw8bit((float *)to[0], (float *)in[0], (uint8_t *)to[1], (uint8_t *)to[2], (float *)to[3],
+                           (float *)to[4], n, (float *)in[1], (float *)in[2], settings, threads);
+      });
+  close("parameters", decode(0, made[0]), expected, 1e-5, 1e-5);
+  for (int which : {0, 1}) {
+    Doubles found = decode(0, made[(size_t)(3 + which)]), highest((size_t)blocks);
+    for (int64_t i = 0; i < n; i++)
+      highest[(size_t)(i / 256)] = std::max(highest[(size_t)(i / 256)], fabs(moments[which][(size_t)i]));
+    close("peaks", found, highest, 1e-5, 1e-30);
+    for (int64_t i = 0; i < n; i++) {
+      double peak = found[(size_t)(i / 256)], value = peak ? moments[which][(size_t)i] / peak : 0, least = 9;
+      for (double candidate : values[which]) least = std::min(least, fabs(value - candidate));
+      uint8_t code = (uint8_t)made[(size_t)(1 + which)][(size_t)i];
+      if (!(fabs(value - values[which][code]) <= least + 1e-6)) return fail("a code that is not the nearest");
+    }
+  }
+}
+
 void touched(int) {
   std::string text = std::string(kernels->instruction_set) + ", " + current + ": touched memory that is not its own\n";
   if (write(1, text.data(), text.size()) < 0) _exit(4);
@@ -253,6 +321,8 @@ void touched(int) {
 void check_elements() {
   check_nf4_quantise();
   check_nf4_dequantise();
+  for (int64_t n : {0, 1, 255, 256, 257, 2000})
+    for (float decay : {0.0f, 0.1f}) check_adamw8bit(n, decay);
   const int64_t norms[][2] = {{0, 16}, {1, 1}, {1, 7}, {3, 64}, {5, 33}, {2, 1000}};
   const int64_t vocabularies[][2] = {{0, 5}, {1, 1}, {1, 2}, {3, 15}, {4, 16}, {5, 17}, {2, 1001}};
   const int64_t turned[][3] = {{1, 2, 1}, {3, 64, 32}, {2, 20, 5}, {4, 33, 16}, {1, 3, 0}};

@@ -15,7 +15,7 @@ from instruction_sets import assert_passes_with, available_sets
 from torch import Tensor
 
 from fitune.kernels import contract, native, reference
-from fitune.quant import nf4
+from fitune.quant import moments, nf4
 
 pytestmark = pytest.mark.skipif(not native.status().available, reason=native.status().reason)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -303,6 +303,12 @@ def operands(name: str) -> list[tuple[object, ...]]:
         "attention_backward": [(q, q, k, k, out, lse, documents, 0, 0.3, 0.0)],
         "slot_attention_": [(q[0], k[0], k[0], slots, slots.clone(), torch.arange(q.shape[1]), 0, 0, 0.3, 0.0)],
         "add_scaled": [(x, x, 0.5)],
+        "adamw8bit_": [
+            (
+                random(300), random(300, seed=1), *torch.zeros(2, 300, dtype=torch.uint8).unbind(),
+                *torch.zeros(2, 2).unbind(), *moments.MAPS, [0.9, 0.1, 0.99, 0.01, 1e-8, 1.0, 1e-3, 0.1],
+            )
+        ],
     }[name]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_every_kernel_is_right(driver: Path, name: str) -> None:
 KERNELS = [
     "nf4_quantise", "nf4_dequantise", "rms_norm", "rms_norm_backward", "gated_activation",
     "gated_activation_backward",
-    "token_logprob", "rotate", "add_scaled", "attention", "attention_backward", "slot_attention",
+    "token_logprob", "rotate", "add_scaled", "adamw8bit", "attention", "attention_backward", "slot_attention",
 ]  # fmt: skip
 PRODUCTS = [
     "product_forward", "product_backward", "adapter_gradients", "int8_row_scales", "int8_outlier_columns",

@@ -85,7 +85,9 @@ def real(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype, folder: P
     found["int8"] = sum(form.size_bytes for form in forms)
     tokens = torch.randint(700, 1400, (ROWS, TOKENS))
     positions = (torch.arange(TOKENS) % (TOKENS // 2)).expand(ROWS, -1)
-    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
+    optimizer = make_optimizer(
+        run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, model.backend
+    )
 
     def loss() -> Tensor:
         return -model.logprobs_at(tokens, positions, SHAPE.documents(), torch.arange(1, TRAINED + 1)).sum()

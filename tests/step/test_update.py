@@ -94,7 +94,7 @@ def test_clipping_keeps_the_direction_and_bounds_the_norm() -> None:
 def test_what_is_not_finite_changes_nothing(odd: float) -> None:
     model, _ = adapted(copy.deepcopy(model_of("llama")))
     samples = random_samples([9, 30])
-    optimizer = make_optimizer("adamw", model.trainable, (0.9, 0.999), 0.1)
+    optimizer = make_optimizer("adamw", model.trainable, (0.9, 0.999), 0.1, "reference")
     update(model, [collate([samples], 512, 0)], optimizer, 1e-3, 1.0)
     before = [parameter.detach().clone() for parameter in model.trainable]
     states = copy.deepcopy(optimizer.state_dict()["state"])
@@ -116,7 +116,7 @@ def test_updates_are_adamws() -> None:
     samples = random_samples([9, 30, 14])
     ours, _ = adapted(copy.deepcopy(model_of("llama")))
     theirs, _ = adapted(copy.deepcopy(model_of("llama")))
-    optimizer = make_optimizer("adamw", ours.trainable, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer("adamw", ours.trainable, (0.9, 0.95), 0.1, "reference")
     other = torch.optim.AdamW(theirs.trainable, lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
     for rate in (1e-2, 5e-3, 1e-3):
         update(ours, [collate([[sample]], 512, 0) for sample in samples], optimizer, rate, 0.0)
@@ -131,7 +131,7 @@ def test_updates_are_adamws() -> None:
 
 def test_unknown_optimizers_are_refused() -> None:
     with pytest.raises(InputError, match=r"no optimizer called 'sgd'"):
-        make_optimizer("sgd", MODEL.trainable, (0.9, 0.999), 0.0)
+        make_optimizer("sgd", MODEL.trainable, (0.9, 0.999), 0.0, "reference")
 
 
 @given(st.sampled_from(["cosine", "linear", "constant"]), st.integers(1, 300), st.floats(0, 1), st.floats(1e-6, 1))

@@ -15,7 +15,8 @@ import torch
 
 from fitune.config import load
 from fitune.config.schema import RunConfig
-from fitune.errors import InputError, Interrupted
+from fitune.errors import InputError, Interrupted, MemoryShortError
+from fitune.train import memory_watch
 from fitune.train.checkpoint import list_checkpoints, newest_whole
 from fitune.train.loop import StepRecord
 from fitune.train.run import Outcome, plan_run, prepare_run, train_run
@@ -108,6 +109,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place: Path, uninterrupted: Outc
     assert resumed.losses == uninterrupted.losses[step:]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_memory_runs_short_for_saves_and_goes_on(
+    place: Path, uninterrupted: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([9, 1.5, 1.5, 1.05])  # GB after each step
+    monkeypatch.setattr(
+        memory_watch, "present", lambda: memory_watch.Present(20 * 10**9, int(next(free) * 10**9), 2 * 10**9, 10**9)
+    )
+    said: list[str] = []
+    folder = place / "short"
+    with pytest.raises(
+        MemoryShortError, match=rf"after step 4 of {STEPS}: memory runs short: 50 MB .* is saved. Go on"
+    ):
+        run(config_of(place), folder, say=said.append)
+    assert [line for line in said if "memory" in line] == [
+        "warning: memory runs short: 500 MB of 20.0 GB would be left in the next step"
+    ]
+    monkeypatch.undo()
+    assert run(config_of(place), folder, resume=True).digest == uninterrupted.digest
 
 
 @pytest.mark.parametrize(

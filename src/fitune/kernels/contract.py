@@ -129,3 +129,14 @@ def slot_attention_(
 @_operator("add_scaled(Tensor x, Tensor y, float scale, str backend) -> Tensor")
 def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_operator(
+    "adamw8bit_(Tensor(a!) parameter, Tensor grad, Tensor(b!) codes1, Tensor(c!) codes2, Tensor(d!) absmax1, "
+    "Tensor(e!) absmax2, Tensor map1, Tensor map2, float[] settings, str backend) -> ()"
+)
+def adamw8bit_(
+    parameter: Tensor, grad: Tensor, codes1: Tensor, codes2: Tensor, absmax1: Tensor, absmax2: Tensor, map1: Tensor,
+    map2: Tensor, settings: list[float],
+) -> None:  # fmt: skip
+    """One step of AdamW with moments in 8 bits; maps of `quant.moments`, settings as csrc/fitune_kernels.h says."""

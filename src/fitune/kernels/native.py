@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 7
+ABI = 8
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOMENT_MAP_WORDS, ADAMW_SETTINGS = 256 + 256 + 65536, 8
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -43,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "attention_backward": (*_HEADS, _P, _P, _P, _P, _P, _P, _L, _P, _I),
     "slot_attention": (_P, _P, _P, _I, _L, _L, _L, _L, _P, _P, _L, _P, _L, _L, _F, _F, _P, _I),
     "add_scaled": (_P, _P, _I, _L, _F, _P, _I),
+    "adamw8bit": (_P, _P, _P, _P, _P, _P, _L, _P, _P, ctypes.POINTER(_F), _I),
 }
 
 
@@ -358,3 +360,20 @@ def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def adamw8bit_(
+    parameter: Tensor, grad: Tensor, codes1: Tensor, codes2: Tensor, absmax1: Tensor, absmax2: Tensor, map1: Tensor,
+    map2: Tensor, settings: list[float],
+) -> None:  # fmt: skip
+    n = parameter.numel()
+    blocks = (-(-n // 256),)
+    if len(settings) != ADAMW_SETTINGS:
+        raise ValueError(f"{len(settings)} settings of AdamW where {ADAMW_SETTINGS} are read")
+    _table().adamw8bit(
+        _pointer(parameter, torch.float32), _pointer(grad, torch.float32, tuple(parameter.shape)),
+        _pointer(codes1, torch.uint8, (n,)), _pointer(codes2, torch.uint8, (n,)),
+        _pointer(absmax1, torch.float32, blocks), _pointer(absmax2, torch.float32, blocks), n,
+        _pointer(map1, torch.float32, (MOMENT_MAP_WORDS,)), _pointer(map2, torch.float32, (MOMENT_MAP_WORDS,)),
+        (_F * ADAMW_SETTINGS)(*settings), torch.get_num_threads(),
+    )  # fmt: skip

@@ -198,3 +198,29 @@ def slot_attention_(
 
 def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return (x.float() + scale * y.float()).to(x.dtype)
+
+
+def adamw8bit_(
+    parameter: Tensor, grad: Tensor, codes1: Tensor, codes2: Tensor, absmax1: Tensor, absmax2: Tensor, map1: Tensor,
+    map2: Tensor, settings: list[float],
+) -> None:  # fmt: skip
+    beta1, rest1, beta2, rest2, eps, keep, rate, correction = settings
+    flat = grad.reshape(-1)
+    first = _decoded_moment(codes1, absmax1, map1) * beta1 + flat * rest1
+    second = _decoded_moment(codes2, absmax2, map2) * beta2 + flat * flat * rest2
+    change = rate * (first / (second.sqrt() / correction + eps))
+    parameter.copy_(parameter * keep - change.view(parameter.shape))
+    for moment, codes, absmax, words in ((first, codes1, absmax1, map1), (second, codes2, absmax2, map2)):
+        _encode_moment(moment, codes, absmax, words)
+
+
+def _decoded_moment(codes: Tensor, absmax: Tensor, words: Tensor) -> Tensor:
+    return words[:256][codes.long()] * absmax.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+
+
+def _encode_moment(moment: Tensor, codes: Tensor, absmax: Tensor, words: Tensor) -> None:
+    blocks = F.pad(moment, (0, -moment.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax.copy_(blocks.abs().amax(dim=1))
+    divisors = torch.where(absmax > 0, absmax, 1.0)
+    scaled = (blocks / divisors.unsqueeze(1)).reshape(-1)[: moment.numel()]
+    codes.copy_(torch.bucketize(scaled, words[256:511]).to(torch.uint8))

@@ -114,7 +114,7 @@ def _dry_run(
     model, plain_attention = small_model(run, config, layers, dtype, backend, filled=False)
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     _make_parameters_fake(model.graph, mode)
-    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
+    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
     watch = LayerWatch(layer_modules(model.graph, layers), live.stretch)
     with mode, EvenRouting(anatomy.expert_counts), live:
         parts = settle_parts(model, plain_attention, lambda: watch.run(lambda: _loss(model, shape)))
@@ -173,7 +173,7 @@ def _highest(start: int, stretches: list[Stretch]) -> tuple[int, str]:
 def _make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
     """In place; shared parameters stay shared.
 
-    Real ones cannot be given the fake values that bitsandbytes' optimizers write into them.
+    Real ones cannot be given the fake values that some optimizers write into them.
     """
     made: dict[int, nn.Parameter] = {}
     with mode:
@@ -210,7 +210,7 @@ def _probe(
 ) -> float | None:  # fmt: skip
     model, plain_attention = small_model(run, config, layers, dtype, backend)
     use_parts(model, plain_attention, parts)
-    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay)
+    optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
     share = anatomy.trained_elements / sum(parameter.numel() for parameter in model.trainable)
     clock = _Clock()
     watch = LayerWatch(layer_modules(model.graph, layers), clock.lap)

@@ -20,13 +20,14 @@ from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
 from fitune.data.order import epoch_rows
 from fitune.data.prefixes import Prefixes
-from fitune.errors import FituneError, Interrupted
+from fitune.errors import FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
 from fitune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from fitune.train.memory_watch import MemoryWatch
 from fitune.train.run_folder import RunFolder
 
 # LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
@@ -176,23 +177,27 @@ def validation_loss(model: FusedModel, samples: Sequence[EncodedSample], rows: R
 def run_loop(
     config: RunConfig, model: FusedModel, rows: Rows, validation: Sequence[EncodedSample], folder: RunFolder,
     identity: Mapping[str, str], resume_from: Any = None, watch: Watcher | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Progress:  # fmt: skip
     """Trains to the end of the run; returns how far it came.
 
     Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
-    Interrupted, which says how to go on.
+    Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs.
     """
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
     rate = settings.learning_rate or LEARNING_RATES[config.method]
     schedule = Schedule(settings.schedule, rate, steps, settings.warmup_share)
-    optimizer = make_optimizer(settings.optimizer, model.trainable, settings.betas, settings.weight_decay)
+    optimizer = make_optimizer(
+        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend
+    )
     progress = Progress()
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model, optimizer)
     else:
         torch.manual_seed(config.seed)
     _trim_metrics(folder, progress.step)
+    memory = MemoryWatch()
 
     def save() -> None:
         save_checkpoint(folder.checkpoints, model, optimizer, progress, identity, settings.keep_checkpoints)
@@ -244,12 +249,16 @@ def run_loop(
             last = progress.step == steps
             if validation and (last or _due(progress.step, settings.validate_every_steps)):
                 record(ValidationRecord(progress.step, validation_loss(model, validation, rows)))
+            saved = f"everything is saved. Go on with: fitune train {folder.config_file} --resume"
             if stopping and not last:
                 save()
-                raise Interrupted(
-                    f"stopped after step {progress.step} of {steps}; everything is saved. "
-                    f"Go on with: fitune train {folder.config_file} --resume"
-                )
+                raise Interrupted(f"stopped after step {progress.step} of {steps}; {saved}")
+            short = None if last else memory.look()
+            if short is not None and short.must_stop:
+                save()
+                raise MemoryShortError(f"stopped after step {progress.step} of {steps}: {short}; {saved}")
+            if short is not None:
+                say(f"warning: {short}")
             if last or _due(progress.step, settings.save_every_steps):
                 save()
     return progress

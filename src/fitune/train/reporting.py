@@ -103,7 +103,10 @@ def _sentence(base: TaskEvaluation | None, tuned: TaskEvaluation | None) -> str:
 def _planned(plan: dict[str, Any], summary: dict[str, Any]) -> list[PlannedRow]:
     rows = [
         PlannedRow("peak memory", f"{plan['peak_bytes'] / 1e9:.2f} GB", f"{summary['peak_bytes'] / 1e9:.2f} GB"),
-        PlannedRow("time", f"{plan['seconds']:.0f} s", f"{summary['seconds']:.0f} s", "probe"),
-    ]
+        PlannedRow(
+            "time", "unknown" if plan["seconds"] is None else f"{plan['seconds']:.0f} s",
+            f"{summary['seconds']:.0f} s", "probe",
+        ),
+    ]  # fmt: skip
     rows += [PlannedRow(item["name"], f"{item['value'] / 1e9:.3f} GB", "", item["origin"]) for item in plan["memory"]]
     return rows

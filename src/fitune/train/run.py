@@ -194,7 +194,7 @@ def train_run(
         started = time.perf_counter()
         try:
             progress = run_loop(
-                config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect
+                config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say
             )
         finally:
             board.close()
