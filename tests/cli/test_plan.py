@@ -85,7 +85,7 @@ def test_a_preset_larger_than_the_machine(name: str, method: str) -> None:
     expected = facts_of("models", "show", name)["bytes_nf4" if method == "qlora" else "bytes_16bit"]
     assert memory["frozen weights"] == pytest.approx(expected, rel=0.001)
     assert facts["peak_bytes"] > expected
-    assert (facts["fits"], facts["seconds_per_step"]) == (False, 0)
+    assert (facts["fits"], facts["seconds_per_step"]) == (False, None)
     assert grown_bytes < 1e9
 
 

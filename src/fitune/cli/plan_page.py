@@ -21,7 +21,7 @@ def print_plan(plan: Plan) -> None:
     print_table(("memory", "size", "origin"), rows)
     print(f"\n{fits_sentence(plan)}\n")
     lines = {item.name: _value(item) for item in plan.settings}
-    if plan.seconds_per_step:
+    if plan.seconds_per_step is not None:
         in_all = f", {clock(plan.seconds)} in all" if plan.seconds else ""
         lines["time"] = f"{plan.seconds_per_step:.2f} s a step{in_all}  (probe)"
     print_facts("Settings", lines)

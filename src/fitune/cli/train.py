@@ -114,7 +114,8 @@ def _print_outcome(outcome: Outcome, scores: tuple[TaskEvaluation | None, TaskEv
         lines["loss"] = f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}"
     if outcome.validation:
         lines["validation loss"] = f"{outcome.validation[-1][1]:.4f}"
-    lines["time"] = f"{clock(outcome.seconds)} (planned {clock(outcome.plan.seconds)})"
+    planned = "" if outcome.plan.seconds is None else f" (planned {clock(outcome.plan.seconds)})"
+    lines["time"] = f"{clock(outcome.seconds)}{planned}"
     lines["peak memory"] = f"{gigabytes(outcome.peak_bytes)} (planned {gigabytes(outcome.plan.peak_bytes)})"
     lines["report"] = str(outcome.folder.report_file)
     print_facts("Trained", lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from fitune.hardware import Hardware
 from fitune.plan.anatomy import read_anatomy
 from fitune.plan.computation import Computation
 from fitune.plan.dry_run import Shape, step_memory, step_seconds
-from fitune.process_memory import resident_bytes
+from fitune.process_memory import give_back_free_memory, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Plan:
     """What `train` will do and what it should take.
 
     Attributes:
+        seconds_per_step, seconds: None where they are not known: the probe was left out, or there is no data yet.
         memory: items in bytes, which add up to `peak_bytes`.
         settings: everything resolved that is not memory.
     """
@@ -53,8 +55,8 @@ class Plan:
     method: str
     peak_bytes: int
     available_bytes: int
-    seconds_per_step: float
-    seconds: float
+    seconds_per_step: float | None
+    seconds: float | None
     peak_operator: str
     memory: tuple[Item, ...]
     settings: tuple[Item, ...]
@@ -79,10 +81,11 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Counts the model's weights, dry-runs and probes the step of this run.
 
-    Takes some seconds. The process's own memory is what it holds when this is called.
+    Takes some seconds. The process's own memory is what it holds when that is done: by then all that training imports
+    and keeps (the kernels' workspace, torch's threads and compiled products) is there.
     Raises FituneError for a model whose step cannot be dry-run.
     """
-    overhead = resident_bytes()
+    before = resident_bytes()
     tokens = workload.row_tokens
     document = max(1, min(workload.mean_document_tokens, tokens))
     places = run.train.micro_batch * tokens
@@ -91,6 +94,14 @@ def make_plan(
     anatomy = read_anatomy(run, config, computation.dtype)
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
     step = step_memory(*arguments)
+    weights = anatomy.frozen_bytes + anatomy.int8_bytes + anatomy.trained_bytes
+    seconds = None
+    # The probe is a real step of a few layers.
+    if with_time and weights + step.peak <= hardware.available_bytes:
+        seconds = step_seconds(*arguments, step.parts) * run.train.accumulation
+    gc.collect()
+    give_back_free_memory()
+    overhead = resident_bytes()
     # What the parts are at the peak, where not all of each need be alive.
     saved = min(step.saved, step.peak - step.optimizer)
     gradients = min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
@@ -105,11 +116,10 @@ def make_plan(
         Item("workspaces, logits", workspace, "bytes", "dry run"),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
-    peak = overhead + anatomy.frozen_bytes + anatomy.int8_bytes + anatomy.trained_bytes + step.peak
-    seconds = 0.0
-    if with_time and peak <= hardware.available_bytes + overhead:  # the probe is a real step of a few layers
-        seconds = step_seconds(*arguments, step.parts) * run.train.accumulation
-    steps_seconds = seconds * workload.tokens / max(1, shape.rows * tokens * run.train.accumulation)
+    peak = overhead + weights + step.peak
+    whole = None
+    if seconds is not None and workload.tokens:
+        whole = seconds * workload.tokens / (shape.rows * tokens * run.train.accumulation)
     train, fields = run.train, run.train.model_fields_set
     length = (
         Item("steps", workload.steps, "", "you" if train.steps else "derived"),
@@ -126,6 +136,6 @@ def make_plan(
         Item("threads", computation.threads, "", "you" if train.threads else "machine"),
     )
     return Plan(
-        model, run.method, peak, hardware.available_bytes + overhead, seconds, steps_seconds, step.peak_operator,
+        model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
         memory, settings,
     )  # fmt: skip
