@@ -53,9 +53,10 @@ class AdamW8bit(torch.optim.Optimizer):
         grad = parameter.grad
         assert grad is not None
         if "codes1" in state:
+            map1, map2 = (words.to(parameter.device) for words in MAPS)
             contract.adamw8bit_(
                 parameter, grad.contiguous(), state["codes1"], state["codes2"], state["absmax1"], state["absmax2"],
-                *MAPS, [beta1, 1 - beta1, beta2, 1 - beta2, eps, keep, step_size, correction], self.backend,
+                map1, map2, [beta1, 1 - beta1, beta2, 1 - beta2, eps, keep, step_size, correction], self.backend,
             )  # fmt: skip
             return
         first: Tensor = state["moment1"].mul_(beta1).add_(grad, alpha=1 - beta1)
