@@ -189,7 +189,7 @@ def _command(arguments: Sequence[str], environment: dict[str, str]) -> str:
         [sys.executable, "-m", "fitune", *arguments], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"fitune {arguments[0]}: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"fitune {arguments[0]}: {done.stderr.strip()}")
     return done.stdout
 
 
