@@ -22,6 +22,7 @@ from fitune.data.order import epoch_rows
 from fitune.data.prefixes import Prefixes
 from fitune.errors import FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
+from fitune.kernels.rooms import rooms
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
@@ -267,6 +268,7 @@ def run_loop(
                     say(f"warning: {sentence}")
             if last or _due(progress.step, settings.save_every_steps):
                 save()
+    rooms.clear()
     return progress
 
 
