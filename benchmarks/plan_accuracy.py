@@ -175,8 +175,8 @@ def measured(case: Case, cache: Path, scratch: Path, rounds: int, threads: int |
     run_file, run = folder / "run.yaml", folder / "run"
     run_file.write_text(yaml.safe_dump(settings, sort_keys=False))
     environment = {**os.environ, "FITUNE_CACHE": str(scratch / "stores"), "HF_HUB_OFFLINE": "1"}
-    plan = json.loads(_command(["plan", str(run_file), "--json"], environment))
-    _command(["train", str(run_file), f"output={run}", "--json"], environment)
+    plan = json.loads(command(["plan", str(run_file), "--json"], environment))
+    command(["train", str(run_file), f"output={run}", "--json"], environment)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ends = [line["seconds"] for line in lines if "loss" in line]
@@ -184,7 +184,7 @@ def measured(case: Case, cache: Path, scratch: Path, rounds: int, threads: int |
     return Row(case.name, plan["peak_bytes"], summary["peak_bytes"], plan["seconds_per_step"], seconds)
 
 
-def _command(arguments: Sequence[str], environment: dict[str, str]) -> str:
+def command(arguments: Sequence[str], environment: dict[str, str]) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "fitune", *arguments], env=environment, capture_output=True, text=True, check=False
     )

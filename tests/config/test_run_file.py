@@ -281,7 +281,7 @@ def test_every_wrong_type_is_told_once_with_its_line(folder: Path, path: str) ->
             'line 3: train.micro_batch: must be a whole number from 1 to 65536, found "4"; '
             "write it without quotes",
         ),
-        ("method: qlor", "line 3: method: must be one of qlora, lora, full, found qlor; did you mean qlora?"),
+        ("method: qlor", "line 3: method: must be one of auto, qlora, lora, full, found qlor; did you mean qlora?"),
         (
             "train: {betas: [0.9]}",
             "line 3: train.betas: must be a list of 2, each a number at least 0 and less than 1, "

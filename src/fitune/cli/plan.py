@@ -69,23 +69,31 @@ def is_run_file(words: str) -> bool:
 def _plan_model(source: ModelSource, model: str, overrides: list[str]) -> tuple[Plan, str]:
     """The plan, and what had to be assumed for it."""
     from fitune.hardware import detect
+    from fitune.plan.budget import is_wanted, plan_within
     from fitune.plan.computation import choose_computation
     from fitune.plan.planner import Workload, make_plan
-    from fitune.train.loop import LEARNING_RATES
+    from fitune.train.loop import learning_rate
 
     config = _settings_for(model, overrides)
     hardware = detect()
     computation = choose_computation(config, hardware)
     computation.begin()
-    train, tokens = config.train, SAMPLES * SAMPLE_TOKENS
-    step_tokens = config.data.max_tokens * train.micro_batch * train.accumulation
-    # Who plans for a preset has neither weights nor data yet: a length would be invented.
-    steps = train.steps or (0 if source.kind == "preset" else -(-round(tokens * train.epochs) // step_tokens))
-    workload = Workload(steps, steps * step_tokens, SAMPLE_TOKENS, TRAINED_SHARE, config.data.max_tokens)
-    rate = train.learning_rate or LEARNING_RATES[config.method]
-    plan = make_plan(config, source.reference, source.config, computation, hardware, workload, rate)
-    assumed = ASSUMED if source.kind != "preset" else ASSUMED_OF_PRESET if not steps else ASSUMED_WITH_STEPS
-    return plan, assumed
+    is_preset = source.kind == "preset"
+
+    def workload(run: RunConfig) -> Workload:
+        step_tokens = run.data.max_tokens * run.train.micro_batch * run.train.accumulation
+        # Who plans for a preset has neither weights nor data yet: a length would be invented.
+        whole = -(-round(SAMPLES * SAMPLE_TOKENS * run.train.epochs) // step_tokens)
+        steps = run.train.steps or (0 if is_preset else whole)
+        return Workload(steps, steps * step_tokens, SAMPLE_TOKENS, TRAINED_SHARE, run.data.max_tokens)
+
+    facts = (source.reference, source.config, computation, hardware)
+    if is_wanted(config):
+        config, plan = plan_within(config, *facts, workload, learning_rate)
+    else:
+        plan = make_plan(config, *facts, workload(config), learning_rate(config))
+    has_steps = bool(workload(config).steps)
+    return plan, ASSUMED if not is_preset else ASSUMED_WITH_STEPS if has_steps else ASSUMED_OF_PRESET
 
 
 def _settings_for(model: str, overrides: list[str]) -> RunConfig:

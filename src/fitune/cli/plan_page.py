@@ -18,7 +18,12 @@ def print_plan(plan: Plan) -> None:
     rows = [(item.name, gigabytes(float(item.value)), item.origin) for item in plan.memory]
     rows.append(("peak", gigabytes(plan.peak_bytes), f"highest at {plan.peak_operator}"))
     rows.append(("available", gigabytes(plan.available_bytes), "machine"))
+    if plan.budget_bytes is not None:
+        rows.append(("budget", gigabytes(plan.budget_bytes), "you"))
     print_table(("memory", "size", "origin"), rows)
+    if plan.choices:
+        print()
+        print_facts("Chosen to stay within it", {c.setting: f"{c.value}  ({c.reason})" for c in plan.choices})
     print(f"\n{fits_sentence(plan)}\n")
     lines = {item.name: _value(item) for item in plan.settings}
     if plan.seconds_per_step is not None:
@@ -29,15 +34,17 @@ def print_plan(plan: Plan) -> None:
 
 def fits_sentence(plan: Plan) -> str:
     """Whether the plan fits, in numbers."""
-    left = plan.available_bytes - plan.peak_bytes
+    left = plan.limit_bytes - plan.peak_bytes
     if left >= 0:
         return f"It fits: {gigabytes(left)} stay free."
     return (
         f"It does not fit: {gigabytes(-left)} are missing. Smaller: train.micro_batch, data.max_tokens, lora.rank; "
-        "train.recompute=layers; or method qlora"
+        "train.recompute=layers; or method qlora. memory=auto chooses what fits"
     )
 
 
 def _value(item: Item) -> str:
+    if item.unit == "bytes":
+        return f"{gigabytes(float(item.value))}  ({item.origin})"
     value = f"{item.value:,}" if isinstance(item.value, int) else f"{item.value}"
     return f"{value} {item.unit}".strip() + f"  ({item.origin})"

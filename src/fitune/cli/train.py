@@ -38,11 +38,14 @@ def command(
     from fitune.cli.plan_page import fits_sentence, print_plan
     from fitune.train.comparing import check_evaluation, compare_with_base
     from fitune.train.progress_view import TrainingView
-    from fitune.train.run import default_folder, plan_run, prepare_run, train_run
+    from fitune.train.run import default_folder, plan_run, prepare_run, resumed, train_run
     from fitune.train.run_folder import RunFolder
 
+    if resume and config.output is not None:
+        config = resumed(config, RunFolder(Path(config.output)))
+    prepared = prepare_run(config, choose=not resume)
+    config = prepared.config
     folder = RunFolder(Path(config.output) if config.output else default_folder(config))
-    prepared = prepare_run(config)
     warnings = prepared.source.warnings()
     print_warnings(warnings)
     judged = config.evaluate.task != "none"

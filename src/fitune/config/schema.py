@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fitune.config.byte_size import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Section(BaseModel):
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_budget(value: str) -> str:
+    if value != "auto":
+        parse_bytes(value)
+    return value
 
 
 def _as_sources(value: Any) -> Any:
@@ -201,6 +209,12 @@ class TrainSettings(Section):
         default="none",
         description="layers computes each layer again in the backward pass: less memory, a third more time",
     )
+    resident_layers: Annotated[int, Field(ge=0, le=4096)] | None = Field(
+        default=None,
+        description="Layers whose frozen 4-bit weights stay in memory (method qlora); the others are read from the "
+        "disk a layer ahead of their use; without it all of them stay",
+        examples=[8],
+    )
     compute: Literal["auto", "bfloat16", "float32", "int8"] = Field(
         default="auto",
         description="Number format of the products; auto: bfloat16 where the machine computes with it; int8: frozen "
@@ -253,9 +267,16 @@ class RunConfig(Section):
     model: Annotated[Text, ModelReference()] = Field(
         default="bundled", description="The base model: bundled, a folder, a GGUF file or a hub name"
     )
-    method: Literal["qlora", "lora", "full"] = Field(
+    method: Literal["auto", "qlora", "lora", "full"] = Field(
         default="qlora",
-        description="qlora: an adapter on a 4-bit base; lora: on a 16-bit base; full: train every weight",
+        description="qlora: an adapter on a 4-bit base; lora: on a 16-bit base; full: train every weight; auto: lora "
+        "where it fits, else qlora",
+    )
+    memory: Annotated[Text, AfterValidator(_as_budget)] | None = Field(
+        default=None,
+        description="The most memory to take; settings that are not given here are chosen so that the run stays "
+        "within it; auto: what the machine (or its container) has left",
+        examples=["16GB"],
     )
     output: Annotated[Text, OutputFolder()] | None = Field(
         default=None,
@@ -294,6 +315,12 @@ def _conflicts(config: RunConfig) -> Iterable[Conflict]:
                 ("method",),
                 "int8 is for frozen weights, and method full has none; take auto, or method lora or qlora",
             )
+    if train.resident_layers is not None and config.method not in ("qlora", "auto"):
+        yield Conflict(
+            "train.resident_layers",
+            ("method",),
+            "only weights in 4 bits are read from the disk as they are needed; remove this, or take method qlora",
+        )
     if train.compute == "int8" and config.lora.dropout > 0:
         yield Conflict(
             "train.compute",

@@ -154,7 +154,7 @@ def evaluate_task(
                 on_progress(stats)
 
         give_back_free_memory()
-        with leased(model.graph, lease_for_generation(model.backend, model.dtype)):
+        with leased(model.graph, lease_for_generation(model.backend, model.dtype, model.stream is not None)):
             generations = generate_detailed(
                 model.graph, [encode_prompt(prompt, tokenizer) for prompt in prompts], max_new_tokens=max_new_tokens,
                 eos_ids=eos_ids, pad_id=pad_id(tokenizer), batch_size=batch_size, on_progress=progressed,

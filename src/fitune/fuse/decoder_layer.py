@@ -239,7 +239,7 @@ def _half(
     inner, rstd = layer.norm(x, place)
     raw, saved = part(inner)
     out, after_rstd = layer.norm(raw, place + 1)
-    total = torch.add(x, out, alpha=layer.form.scale)
+    total = contract.add_scaled(x, out, layer.form.scale, layer.backend)
     return [rstd, None if after_rstd is None else raw, after_rstd, *saved], total
 
 

@@ -56,8 +56,9 @@ def packed_step(
     if layer.backend != "native" or dtype != torch.bfloat16 or not decode_native.available():
         return None
     bases = [base for product in products for base in product.bases]
-    if any(isinstance(base, QuantisedLinear) and type(base.lease) is not DecodedAtUse for base in bases):
-        return None  # a lease that moves weights gives them for one product at a time
+    quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
+    if any(type(base.lease) is not DecodedAtUse or base.stored.stream is not None for base in quantised):
+        return None  # a lease or a stream that moves weights gives them for one product at a time
     form, of_slots = layer.attention.form, slots.layers[layer.attention.module.layer_idx]
     if of_slots.keys.dtype != dtype:
         return None

@@ -19,6 +19,7 @@ from fitune.fuse.head import PLAIN_LOGITS, LogitForm, token_logprobs
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
 from fitune.models.graph import recompute_layers
+from fitune.quant.stream import LayerStream
 
 PROOF_TOKENS = 8
 
@@ -34,6 +35,7 @@ class FusedModel:
         backend: which kernels run.
         report: what was replaced, what was left and why.
         logit_form: what the model makes of its head's products.
+        stream: brings the frozen weights of layers that do not stay in memory; None: all of them stay.
     """
 
     graph: PreTrainedModel
@@ -42,6 +44,7 @@ class FusedModel:
     backend: str
     report: FusionReport
     logit_form: LogitForm = PLAIN_LOGITS
+    stream: LayerStream | None = None
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -89,7 +92,10 @@ class FusedModel:
             return rows.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
         head = self.graph.get_output_embeddings()
         rows = hidden.reshape(-1, hidden.shape[-1])[before].to(self.dtype)
-        return token_logprobs(rows, head.weight, head.bias, targets, self.backend, self.logit_form)
+        logprobs = token_logprobs(rows, head.weight, head.bias, targets, self.backend, self.logit_form)
+        if self.stream is not None:
+            self.stream.end_used()
+        return logprobs
 
 
 def prepare(

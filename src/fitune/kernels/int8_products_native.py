@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fitune.kernels import native, products_native
+from fitune.kernels.rooms import empty
 from fitune.kernels.segments import address, check_gradient, ranks, rows_of, scratch, segments
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -131,7 +132,7 @@ def int8_product(
     outliers = _checked_outliers(outliers, depth)
     factors = [None if factor is None else factor.contiguous() for factor in factors]
     widths = [scale.shape[0] for scale in scales]
-    made = [torch.empty(rows, size, dtype=torch.bfloat16) for size in (*widths, *ranks(factors))]
+    made = [empty((rows, size), torch.bfloat16) for size in (*widths, *ranks(factors))]
     count, apart = len(widths), outliers.numel()
     layers = segments(frozen, offsets, factors, depth, made[:count], made[count:])
     recoded, threads = _recoded(scales, columns, widths, apart), torch.get_num_threads()
@@ -152,7 +153,7 @@ def _backward(
     rows, depth = into.shape
     grads = [rows_of(grad, rows, grad.shape[1]) for grad in grads]
     factors = [None if factor is None else factor.contiguous() for factor in factors]
-    vs = [torch.empty(rows, rank, dtype=torch.bfloat16) for rank in ranks(factors)]
+    vs = [empty((rows, rank), torch.bfloat16) for rank in ranks(factors)]
     layers = segments(frozen, offsets, factors, depth, grads, vs)
     recoded = _recoded(scales, [], [grad.shape[1] for grad in grads], 0)
     threads, count = torch.get_num_threads(), len(grads)
@@ -168,7 +169,7 @@ def int8_product_backward(
     grads: list[Tensor], frozen: list[Tensor | None], offsets: list[float], scales: list[Tensor], depth: int,
     factors: list[Tensor | None], table: Tensor, block: int,
 ) -> list[Tensor]:  # fmt: skip
-    into = torch.empty(grads[0].shape[0], depth, dtype=torch.bfloat16)
+    into = empty((grads[0].shape[0], depth), torch.bfloat16)
     return [into, *_backward(grads, frozen, offsets, scales, into, 0, factors, table, block)]
 
 

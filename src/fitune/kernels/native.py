@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitune.kernels.rooms import empty
+
 ABI = 8
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOMENT_MAP_WORDS, ADAMW_SETTINGS = 256 + 256 + 65536, 8
@@ -137,7 +139,7 @@ def nf4_dequantise(
     codes: Tensor, absmax_codes: Tensor, nested_absmax: Tensor, table: Tensor, offset: float,
     shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = torch.empty(shape, dtype=dtype)
+    out = empty(shape, dtype)
     n = out.numel()
     blocks = -(-n // 64)
     if codes.numel() != (n + 1) // 2:
@@ -154,7 +156,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tenso
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     _table().rms_norm(
         _pointer(x), _pointer(weight, shape=(width,)), KINDS[x.dtype], rows, width, eps, shift, _pointer(out),
@@ -171,7 +173,7 @@ def rms_norm_backward(
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     residual = None if residual is None else residual.contiguous()
-    grad_x = torch.empty_like(x)
+    grad_x = empty(x.shape, x.dtype)
     _table().rms_norm_backward(
         _pointer(grad_out, x.dtype, x.shape), _pointer(x), _pointer(weight, shape=(width,)),
         _pointer(rstd, torch.float32, x.shape[:-1]),
@@ -183,7 +185,7 @@ def rms_norm_backward(
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
+    out = empty(gate.shape, gate.dtype)
     _table().gated_activation(
         _pointer(gate), _pointer(up, gate.dtype, gate.shape), KINDS[gate.dtype], ACTIVATIONS[activation],
         gate.numel(), _pointer(out), torch.get_num_threads(),
@@ -195,7 +197,7 @@ def gated_activation_backward(
     grad_out: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, gate, up = grad_out.contiguous(), gate.contiguous(), up.contiguous()
-    out, grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    out, grad_gate, grad_up = (empty(gate.shape, gate.dtype) for _ in range(3))
     _table().gated_activation_backward(
         _pointer(grad_out, gate.dtype, gate.shape), _pointer(gate), _pointer(up, gate.dtype, gate.shape),
         KINDS[gate.dtype], ACTIVATIONS[activation], gate.numel(), _pointer(grad_gate), _pointer(grad_up),
@@ -220,7 +222,7 @@ def token_logprob_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     if x.stride(2) != 1:
         x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = empty(x.shape, x.dtype)
     _rotate(x, cos, sin, inverse, out)
     return out
 
@@ -297,9 +299,9 @@ def attention(
     rows, tokens, heads, width = q.shape
     arguments, _alive = _heads(q, k, v, documents, window, scale, cap)
     threads = torch.get_num_threads()
-    out = torch.empty(rows, tokens, heads, width, dtype=q.dtype)
+    out = empty((rows, tokens, heads, width), q.dtype)
     lse = torch.empty(rows, heads, tokens, dtype=torch.float32)
-    workspace = torch.empty(threads * _load()[2].fitune_attention_floats(tokens, width, 0), dtype=torch.float32)
+    workspace = empty((threads * _load()[2].fitune_attention_floats(tokens, width, 0),), torch.float32)
     _table().attention(*arguments, _pointer(out), _pointer(lse), _pointer(workspace), threads)
     return out, lse
 
@@ -318,11 +320,11 @@ def attention_backward(
     even = rows * kv_heads % threads == 0 or rows * kv_heads >= 4 * threads
     divides = q.dtype == torch.bfloat16 and status().instruction_set in ("amx", "avx512_bf16")
     split = 1 if even or divides else heads // kv_heads
-    grad_q = torch.empty(rows, tokens, heads, width, dtype=q.dtype)
-    grad_k, grad_v = (torch.empty(rows, tokens, kv_heads, width, dtype=q.dtype) for _ in range(2))
+    grad_q = empty((rows, tokens, heads, width), q.dtype)
+    grad_k, grad_v = (empty((rows, tokens, kv_heads, width), q.dtype) for _ in range(2))
     floats = threads * _load()[2].fitune_attention_floats(tokens, width, 1)
     floats += 2 * rows * kv_heads * split * tokens * (-(-width // 32) * 32)
-    workspace = torch.empty(floats, dtype=torch.float32)
+    workspace = empty((floats,), torch.float32)
     _table().attention_backward(
         *arguments, _pointer(out, q.dtype, q.shape), _pointer(grad_out, q.dtype, q.shape),
         _pointer(lse, torch.float32, (rows, heads, tokens)), _pointer(grad_q), _pointer(grad_k), _pointer(grad_v),
@@ -354,7 +356,7 @@ def slot_attention_(
 
 def add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     _table().add_scaled(
         _pointer(x), _pointer(y, x.dtype, x.shape), KINDS[x.dtype], x.numel(), scale, _pointer(out),
         torch.get_num_threads(),

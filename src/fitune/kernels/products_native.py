@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fitune.kernels import native
+from fitune.kernels.rooms import empty
 from fitune.kernels.segments import MOST_SEGMENTS, address, check_gradient, ranks, rows_of, scratch, segments
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -61,7 +62,7 @@ def frozen_product(
     rows, depth = x.shape
     x = rows_of(x, rows, depth)
     factors = [None if factor is None else factor.contiguous() for factor in factors]
-    made = [torch.empty(rows, size, dtype=torch.bfloat16) for size in (*widths, *ranks(factors))]
+    made = [empty((rows, size), torch.bfloat16) for size in (*widths, *ranks(factors))]
     count = len(widths)
     layers = segments(frozen, offsets, factors, depth, made[:count], made[count:])
     threads = torch.get_num_threads()
@@ -81,7 +82,7 @@ def _backward(
     rows, depth = into.shape
     grads = [rows_of(grad, rows, grad.shape[1]) for grad in grads]
     factors = [None if factor is None else factor.contiguous() for factor in factors]
-    vs = [torch.empty(rows, rank, dtype=torch.bfloat16) for rank in ranks(factors)]
+    vs = [empty((rows, rank), torch.bfloat16) for rank in ranks(factors)]
     layers = segments(frozen, offsets, factors, depth, grads, vs)
     threads, count = torch.get_num_threads(), len(grads)
     functions.backward(
@@ -96,7 +97,7 @@ def frozen_product_backward(
     grads: list[Tensor], frozen: list[Tensor | None], offsets: list[float], depth: int,
     factors: list[Tensor | None], table: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    into = torch.empty(grads[0].shape[0], depth, dtype=torch.bfloat16)
+    into = empty((grads[0].shape[0], depth), torch.bfloat16)
     return [into, *_backward(grads, frozen, offsets, into, 0, factors, table)]
 
 

@@ -51,6 +51,7 @@ def build_dense(source: ModelSource, dtype: torch.dtype, trainable: bool) -> Pre
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
             _set(model, name, value.clone() if trainable else value, dtype, trainable)
+    source.release()  # what was copied needs its file no more
     return _finish(model, source)
 
 

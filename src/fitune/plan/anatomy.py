@@ -18,6 +18,7 @@ from fitune.config.schema import RunConfig
 from fitune.fuse.int8_calibration import OUTLIERS
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
 from fitune.models.graph import build_graph, expert_counts, head_name, parameter_dtype, quantised_names
+from fitune.quant.stream import layer_number, resident_groups
 
 # Attributes by which a layer knows its place; what it costs does not depend on them.
 _PLACES = ("idx", "index", "layer_id", "layer_num")
@@ -53,6 +54,8 @@ class Anatomy:
 
     Attributes:
         frozen_bytes: weights that do not learn, and buffers.
+        layer_bytes: what of them each decoder layer has in 4 bits.
+        end_bytes: what of them is the table of embeddings alone, of which a step reads some rows.
         int8_bytes: what is kept beside them for products in int8.
         trained: shape -> how many trained tensors have it; all are float32.
         expert_counts: how many experts its mixtures have.
@@ -60,10 +63,24 @@ class Anatomy:
     """
 
     frozen_bytes: int
+    layer_bytes: tuple[int, ...]
+    end_bytes: int
     int8_bytes: int
     trained: Counter[tuple[int, ...]]
     expert_counts: frozenset[int]
     layers: Layers
+
+    def resident_bytes(self, resident_layers: int | None) -> int:
+        """Of the frozen weights, where so many layers stay in memory (None: all), with one more coming and one going.
+
+        The table of embeddings is let go after each use then.
+        """
+        if resident_layers is None or not self.layer_bytes:
+            return self.frozen_bytes
+        staying = resident_groups(len(self.layer_bytes), resident_layers)
+        moving = sorted(size for number, size in enumerate(self.layer_bytes) if number not in staying)
+        absent = sum(moving) - sum(moving[-2:])
+        return self.frozen_bytes - absent - (self.end_bytes if moving else 0)
 
     @property
     def trained_bytes(self) -> int:
@@ -88,9 +105,14 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
     adapted = [] if full else target_names(graph, head_name(graph), run.lora.targets)
     frozen = _buffer_bytes(graph, dtype)
     trained: Counter[tuple[int, ...]] = Counter()
+    in_layers: Counter[int] = Counter()
     for name, parameter in graph.named_parameters():
         if name in quantised:
-            frozen += _nf4_bytes(parameter.numel())
+            size = _nf4_bytes(parameter.numel())
+            frozen += size
+            number = layer_number(name)
+            if number is not None:
+                in_layers[number] += size
         elif not parameter.is_floating_point():
             frozen += parameter.numel() * parameter.element_size()
         elif full:
@@ -102,7 +124,11 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         trained[run.lora.rank, columns] += 1
         trained[rows, run.lora.rank] += 1
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
-    return Anatomy(frozen, int8, trained, expert_counts(config), _layers(graph, None if full else adapted))
+    layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
+    ends = _embedding_bytes(graph, dtype)
+    return Anatomy(
+        frozen, layer_bytes, ends, int8, trained, expert_counts(config), _layers(graph, None if full else adapted)
+    )
 
 
 def _buffer_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
@@ -114,6 +140,15 @@ def _buffer_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
         ).itemsize
         for name, buffer in graph.named_buffers()
     )  # fmt: skip
+
+
+def _embedding_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Of the table of embeddings; 0 where it is the head too."""
+    table, head = graph.get_input_embeddings(), graph.get_output_embeddings()
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight is getattr(head, "weight", None):
+        return 0
+    return weight.numel() * dtype.itemsize
 
 
 def _nf4_bytes(elements: int) -> int:

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from fitune.config.schema import RunConfig
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
+from fitune.kernels.rooms import a_step, rooms
 from fitune.plan.anatomy import WHOLE, Anatomy, Layers
 from fitune.plan.even_routing import EvenRouting
 from fitune.plan.layer_watch import LayerWatch, even_out, layer_modules
@@ -219,13 +220,15 @@ def _probe(
     while len(times) <= PROBE_STEPS and spent < PROBE_SECONDS:
         clock.lap()
         start = clock.now
-        passes = even_out(watch.run(lambda: _loss(model, shape)), layers).whole(layers)
-        if passes is None:
-            return None
-        _update(optimizer)
+        with a_step():
+            passes = even_out(watch.run(lambda: _loss(model, shape)), layers).whole(layers)
+            if passes is None:
+                return None
+            _update(optimizer)
         updated = clock.lap()
         times.append(sum(passes[0]) + sum(passes[1]) + share * updated)
         spent += clock.now - start
+    rooms.clear()
     measured = times[1:] or times
     return sorted(measured)[len(measured) // 2]
 

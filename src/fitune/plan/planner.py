@@ -11,15 +11,20 @@ from transformers import PretrainedConfig
 
 from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
-from fitune.plan.anatomy import read_anatomy
+from fitune.plan.anatomy import Anatomy, read_anatomy
 from fitune.plan.computation import Computation
-from fitune.plan.dry_run import Shape, step_memory, step_seconds
+from fitune.plan.dry_run import Shape, StepMemory, step_memory, step_seconds
+from fitune.plan.levers import Choice
 from fitune.process_memory import give_back_free_memory, resident_bytes
+from fitune.quant.stream import resident_groups
 
 
 @dataclass(frozen=True)
 class Item:
-    """One number of the plan. `origin` is one of: you, default, model, data, derived, dry run, probe, machine."""
+    """One number of the plan.
+
+    `origin` is one of: you, default, budget, model, data, derived, dry run, probe, machine.
+    """
 
     name: str
     value: int | float | str
@@ -49,6 +54,8 @@ class Plan:
         seconds_per_step, seconds: None where they are not known: the probe was left out, or there is no data yet.
         memory: items in bytes, which add up to `peak_bytes`.
         settings: everything resolved that is not memory.
+        choices: settings that were chosen to stay within the budget.
+        budget_bytes: what the run may take; None: what is available.
     """
 
     model: str
@@ -60,15 +67,61 @@ class Plan:
     peak_operator: str
     memory: tuple[Item, ...]
     settings: tuple[Item, ...]
+    choices: tuple[Choice, ...] = ()
+    budget_bytes: int | None = None
+
+    @property
+    def limit_bytes(self) -> int:
+        """The budget, or what the machine has left where that is less."""
+        return self.available_bytes if self.budget_bytes is None else min(self.available_bytes, self.budget_bytes)
 
     @property
     def fits(self) -> bool:
-        """Whether the expected peak is within what the machine has left."""
-        return self.peak_bytes <= self.available_bytes
+        """Whether the expected peak is within the limit."""
+        return self.peak_bytes <= self.limit_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "fits": self.fits}
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """What a run's model and step hold, without the process's own memory.
+
+    Attributes:
+        layers: of which the frozen weights are in 4 bits.
+    """
+
+    anatomy: Anatomy
+    step: StepMemory
+
+    @property
+    def layers(self) -> int:
+        return len(self.anatomy.layer_bytes)
+
+    def weights(self, resident_layers: int | None) -> int:
+        """Bytes of all weights, where so many layers' frozen ones stay (None: all)."""
+        anatomy = self.anatomy
+        return anatomy.resident_bytes(resident_layers) + anatomy.int8_bytes + anatomy.trained_bytes
+
+    def bytes(self, resident_layers: int | None) -> int:
+        """At the peak of a step."""
+        return self.weights(resident_layers) + self.step.peak
+
+
+def shape_of(run: RunConfig, workload: Workload, row_tokens: int | None = None) -> Shape:
+    """A micro-batch of the run; `row_tokens` instead of the workload's."""
+    tokens = row_tokens or workload.row_tokens
+    places = run.train.micro_batch * tokens
+    trained = min(max(1, round(places * workload.trained_share)), places - 1)
+    return Shape(run.train.micro_batch, tokens, max(1, min(workload.mean_document_tokens, tokens)), trained)
+
+
+def run_memory(run: RunConfig, config: PretrainedConfig, computation: Computation, shape: Shape) -> RunMemory:
+    """Counts the model's weights and dry-runs its step. Raises FituneError where that cannot be."""
+    anatomy = read_anatomy(run, config, computation.dtype)
+    return RunMemory(anatomy, step_memory(run, config, anatomy, shape, computation.dtype, computation.backend))
 
 
 def _origin(name: str, given: Collection[str]) -> str:
@@ -77,9 +130,12 @@ def _origin(name: str, given: Collection[str]) -> str:
 
 def make_plan(
     run: RunConfig, model: str, config: PretrainedConfig, computation: Computation, hardware: Hardware,
-    workload: Workload, learning_rate: float, with_time: bool = True,
+    workload: Workload, learning_rate: float, with_time: bool = True, choices: tuple[Choice, ...] = (),
+    budget_bytes: int | None = None,
 ) -> Plan:  # fmt: skip
     """Counts the model's weights, dry-runs and probes the step of this run.
+
+    `choices`: what of it was chosen to stay within `budget_bytes`.
 
     Takes some seconds. The process's own memory is what it holds when that is done: by then all that training imports
     and keeps (the kernels' workspace, torch's threads and compiled products) is there.
@@ -87,14 +143,12 @@ def make_plan(
     """
     before = resident_bytes()
     tokens = workload.row_tokens
-    document = max(1, min(workload.mean_document_tokens, tokens))
-    places = run.train.micro_batch * tokens
-    trained = min(max(1, round(places * workload.trained_share)), places - 1)
-    shape = Shape(run.train.micro_batch, tokens, document, trained)
-    anatomy = read_anatomy(run, config, computation.dtype)
+    shape = shape_of(run, workload)
+    held = run_memory(run, config, computation, shape)
+    anatomy, step = held.anatomy, held.step
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
-    step = step_memory(*arguments)
-    weights = anatomy.frozen_bytes + anatomy.int8_bytes + anatomy.trained_bytes
+    frozen = anatomy.resident_bytes(run.train.resident_layers)
+    weights = held.weights(run.train.resident_layers)
     seconds = None
     # The probe is a real step of a few layers.
     if with_time and weights + step.peak <= hardware.available_bytes:
@@ -107,7 +161,7 @@ def make_plan(
     gradients = min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
     workspace = step.peak - step.optimizer - saved - gradients
     memory = (
-        Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
+        Item("frozen weights", frozen, "bytes", "model"),
         *((Item("int8 scales, columns", anatomy.int8_bytes, "bytes", "derived"),) if anatomy.int8_bytes else ()),
         Item("trained weights", anatomy.trained_bytes, "bytes", "derived"),
         Item("gradients", gradients, "bytes", "derived"),
@@ -121,6 +175,11 @@ def make_plan(
     if seconds is not None and workload.tokens:
         whole = seconds * workload.tokens / (shape.rows * tokens * run.train.accumulation)
     train, fields = run.train, run.train.model_fields_set
+    chosen = {choice.setting for choice in choices}
+
+    def origin(name: str) -> str:
+        return "budget" if f"train.{name}" in chosen else _origin(name, fields)
+
     length = (
         Item("steps", workload.steps, "", "you" if train.steps else "derived"),
         Item("tokens", workload.tokens, "", "data"),
@@ -128,8 +187,10 @@ def make_plan(
     settings = (
         Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
         Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
-        Item("micro-batch", train.micro_batch, "rows", _origin("micro_batch", fields)),
-        Item("accumulation", train.accumulation, "micro-batches", _origin("accumulation", fields)),
+        Item("micro-batch", train.micro_batch, "rows", origin("micro_batch")),
+        Item("accumulation", train.accumulation, "micro-batches", origin("accumulation")),
+        *((Item("recompute", train.recompute, "", origin("recompute")),) if train.recompute != "none" else ()),
+        *_streaming(run, anatomy, origin("resident_layers")),
         Item("row", tokens, "tokens", "data"),
         *(length if workload.steps else ()),
         Item("computation", computation.reason, "", "machine"),
@@ -137,5 +198,18 @@ def make_plan(
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
-        memory, settings,
+        memory, settings, choices, budget_bytes,
     )  # fmt: skip
+
+
+def _streaming(run: RunConfig, anatomy: Anatomy, origin: str) -> tuple[Item, ...]:
+    """How many layers stay, and what every pass reads, where not all of them stay."""
+    resident = run.train.resident_layers
+    if resident is None or not anatomy.layer_bytes:
+        return ()
+    staying = resident_groups(len(anatomy.layer_bytes), resident)
+    read = sum(size for number, size in enumerate(anatomy.layer_bytes) if number not in staying)
+    return (
+        Item("resident layers", f"{len(staying)} of {len(anatomy.layer_bytes)}", "", origin),
+        Item("read from disk, a pass", read, "bytes", "derived"),
+    )

@@ -69,9 +69,13 @@ class DecodedOnce:
         return None
 
 
-def lease_for_generation(backend: str, dtype: torch.dtype) -> Lease:
-    """The policy for a few tokens at a time: products that read the 4 bits themselves are quicker than dense ones."""
-    return DecodedAtUse() if backend == "native" and products.natively_multiplied(dtype) else DecodedOnce()
+def lease_for_generation(backend: str, dtype: torch.dtype, is_streamed: bool = False) -> Lease:
+    """The policy for a few tokens at a time: products that read the 4 bits themselves are quicker than dense ones.
+
+    `is_streamed`: the stored weights do not all stay in memory, so that dense ones must not either.
+    """
+    natively = backend == "native" and products.natively_multiplied(dtype)
+    return DecodedAtUse() if natively or is_streamed else DecodedOnce()
 
 
 @contextmanager

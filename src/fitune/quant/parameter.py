@@ -12,13 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
 from fitune.quant.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from fitune.quant.stream import LayerStream
+
+# Codes, absmax and nested absmax of an NF4 weight.
+StoredTensors = tuple[Tensor, Tensor, Tensor]
 
 
 class QuantisedParameter(nn.Module):
@@ -27,6 +33,7 @@ class QuantisedParameter(nn.Module):
     Attributes:
         dtype: what it decodes to; `shape`: of the decoded tensor.
         backend: which kernels decode.
+        stream: brings the stored tensors when they are reached; None: they are here.
     """
 
     def __init__(self, weight: NF4Weight, dtype: torch.dtype, backend: str) -> None:
@@ -40,12 +47,17 @@ class QuantisedParameter(nn.Module):
         self.dtype = dtype
         self.backend = backend
         self.requires_grad = False
+        self.stream: LayerStream | None = None
 
     def nf4(self) -> NF4Weight:
         """The weight as it is stored."""
-        held = self._parameters  # read as they lie: attributes of modules are found slowly, and every product asks
-        codes, absmax, nested = (held[name].data for name in ("codes", "absmax", "nested_absmax"))
+        codes, absmax, nested = self.own_tensors() if self.stream is None else self.stream.reach(self)
         return NF4Weight(codes, absmax, nested, self.offset, tuple(self.shape), self.source_dtype)
+
+    def own_tensors(self) -> StoredTensors:
+        """The stored tensors where the model keeps them; a stream may have others, or these may be on their way."""
+        held = self._parameters  # read as they lie: attributes of modules are found slowly, and every product asks
+        return held["codes"].data, held["absmax"].data, held["nested_absmax"].data
 
     def dense(self) -> Tensor:
         """The whole, decoded."""
@@ -64,9 +76,10 @@ class QuantisedParameter(nn.Module):
         first = start // unit * unit
         blocks = slice(first // BLOCK, -(-end // BLOCK))
         nested = slice(first // unit, -(-end // unit))
+        whole = self.nf4()
         piece = NF4Weight(
-            self.codes.data[first // 2 : -(-end // 2)], self.absmax.data[blocks], self.nested_absmax.data[nested],
-            self.offset, (end - first,), self.source_dtype,
+            whole.codes[first // 2 : -(-end // 2)], whole.absmax[blocks], whole.nested_absmax[nested], self.offset,
+            (end - first,), self.source_dtype,
         )  # fmt: skip
         return piece.dense(self.dtype, self.backend)[start - first :].view(self.shape[1:])
 
@@ -79,7 +92,7 @@ class QuantisedParameter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.codes.device if self.stream is None else self.stream.device
 
     def __len__(self) -> int:
         return self.shape[0]

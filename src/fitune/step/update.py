@@ -12,6 +12,7 @@ from torch import Tensor
 from fitune.data.batch import Batch
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
+from fitune.kernels.rooms import a_step
 from fitune.step.objective import supervised
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,14 @@ def update(
 
     Raises NonFiniteError before any weight is changed.
     """
+    with a_step():
+        return _update(model, batches, optimizer, learning_rate, max_grad_norm, objective)
+
+
+def _update(
+    model: FusedModel, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float,
+    max_grad_norm: float, objective: Objective,
+) -> StepResult:  # fmt: skip
     total_weight = float(sum(batch.weights.sum() for batch in batches))
     if total_weight == 0:
         raise FituneError("a step without a single trained token")

@@ -22,6 +22,7 @@ from fitune.data.order import epoch_rows
 from fitune.data.prefixes import Prefixes
 from fitune.errors import FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
+from fitune.kernels.rooms import rooms
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
@@ -123,6 +124,11 @@ class Rows:
             number += 1
 
 
+def learning_rate(config: RunConfig) -> float:
+    """The run file's peak rate, or the usual one of its method."""
+    return config.train.learning_rate or LEARNING_RATES[config.method]
+
+
 def count_steps(rows: Rows, epochs: float, limit: int | None) -> int:
     """How many optimizer steps the run takes."""
     if limit is not None:
@@ -177,16 +183,16 @@ def validation_loss(model: FusedModel, samples: Sequence[EncodedSample], rows: R
 def run_loop(
     config: RunConfig, model: FusedModel, rows: Rows, validation: Sequence[EncodedSample], folder: RunFolder,
     identity: Mapping[str, str], resume_from: Any = None, watch: Watcher | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, budget_bytes: int | None = None,
 ) -> Progress:  # fmt: skip
-    """Trains to the end of the run; returns how far it came.
+    """Trains to the end of the run; returns how far it came. `budget_bytes`: what the process should stay within.
 
     Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
     Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs.
     """
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
-    rate = settings.learning_rate or LEARNING_RATES[config.method]
+    rate = learning_rate(config)
     schedule = Schedule(settings.schedule, rate, steps, settings.warmup_share)
     optimizer = make_optimizer(
         settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend
@@ -197,7 +203,7 @@ def run_loop(
     else:
         torch.manual_seed(config.seed)
     _trim_metrics(folder, progress.step)
-    memory = MemoryWatch()
+    memory = MemoryWatch(budget_bytes=budget_bytes)
 
     def save() -> None:
         save_checkpoint(folder.checkpoints, model, optimizer, progress, identity, settings.keep_checkpoints)
@@ -257,10 +263,12 @@ def run_loop(
             if short is not None and short.must_stop:
                 save()
                 raise MemoryShortError(f"stopped after step {progress.step} of {steps}: {short}; {saved}")
-            if short is not None:
-                say(f"warning: {short}")
+            for sentence in (short, memory.over_budget()):
+                if sentence is not None:
+                    say(f"warning: {sentence}")
             if last or _due(progress.step, settings.save_every_steps):
                 save()
+    rooms.clear()
     return progress
 
 

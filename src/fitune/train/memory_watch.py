@@ -50,11 +50,24 @@ def present() -> Present:
 
 
 class MemoryWatch:
-    """Looks between steps, when the process holds less than at its peak, which it will come to again."""
+    """Looks between steps, when the process holds less than at its peak, which it will come to again.
 
-    def __init__(self, measure: Callable[[], Present] | None = None) -> None:
+    Args:
+        budget_bytes: what the run was asked to stay within; None: nothing was asked.
+    """
+
+    def __init__(self, measure: Callable[[], Present] | None = None, budget_bytes: int | None = None) -> None:
         self._measure = measure or present
         self._warned = False
+        self._budget_bytes = budget_bytes
+
+    def over_budget(self) -> str | None:
+        """A sentence where the run took more than it was asked to, once."""
+        budget = self._budget_bytes
+        if budget is None or (peak := self._measure().peak) <= budget:
+            return None
+        self._budget_bytes = None
+        return f"the run took {peak / 1e9:.2f} GB, {(peak - budget) / 1e6:,.0f} MB more than its budget"
 
     def look(self) -> Short | None:
         """None while there is enough, and where it was warned already; a warning comes again after a recovery."""

@@ -18,6 +18,7 @@ from fitune.models.build import build_dense, build_quantised
 from fitune.models.graph import head_name
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress
+from fitune.models.streaming import stream_layers
 from fitune.plan.computation import Computation
 from fitune.process_memory import give_back_free_memory
 
@@ -48,7 +49,10 @@ def build_for_training(
             targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
             layer=fused_lora_layer,
         )  # fmt: skip
+    resident = config.train.resident_layers
+    stream = None if resident is None else stream_layers(graph, resident)
     model = prepare(graph, adapted, dtype, backend)
+    model.stream = stream
     model.report.left.update({f"adapter ({layers})": reason for layers, reason in left.items()})
     if config.train.recompute == "layers":
         model.recompute_layers()
@@ -60,9 +64,13 @@ def build_for_training(
 
 
 def build_for_answers(
-    source: ModelSource, method: str, computation: Computation, adapter: Path | None = None
-) -> FusedModel:
-    """The model as it was trained, for evaluation and chat: with a saved adapter, or the bare base."""
+    source: ModelSource, method: str, computation: Computation, adapter: Path | None = None,
+    resident_layers: int | None = None,
+) -> FusedModel:  # fmt: skip
+    """The model as it was trained, for evaluation and chat: with a saved adapter, or the bare base.
+
+    `resident_layers`: so many layers of a 4-bit base stay in memory (None: all).
+    """
     dtype, backend = computation.dtype, computation.backend
     if method == "qlora":
         graph = build_quantised(source, dtype, backend)
@@ -72,6 +80,8 @@ def build_for_answers(
     adapted = None
     if adapter is not None:
         adapted = load_adapter(graph, adapter, source.identity(), fused_lora_layer, inner=source.graph_module)
+    stream = stream_layers(graph, resident_layers) if resident_layers is not None and method == "qlora" else None
     model = prepare(graph, adapted, dtype, backend)
+    model.stream = stream
     graph.eval()
     return model

@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,31 @@ from fitune.models.find import find_model
 from fitune.models.graph import build_graph
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress as StoreProgress
+from fitune.plan.budget import is_wanted, plan_within
 from fitune.plan.computation import Computation, choose_computation
+from fitune.plan.levers import CHOSEN
 from fitune.plan.planner import Plan, Workload, make_plan
 from fitune.process_memory import peak_bytes
 from fitune.train.checkpoint import list_checkpoints, newest_whole, read_identity
-from fitune.train.loop import LEARNING_RATES, Rows, StepRecord, ValidationRecord, Watcher, count_steps, run_loop
+from fitune.train.loop import (
+    Rows,
+    StepRecord,
+    ValidationRecord,
+    Watcher,
+    count_steps,
+    learning_rate,
+    run_loop,
+)
 from fitune.train.prepare import build_for_training
 from fitune.train.run_folder import RunFolder
 from fitune.train.tensorboard_log import TensorBoardLog
+from fitune.train.trained_model import read_run_config
 from fitune.train.weights import save_weights
 
 # What a resumed run may do otherwise: it changes no bit of what is trained.
-_FREE_TO_CHANGE = {"save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None}
+_FREE_TO_CHANGE = {
+    "save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None, "resident_layers": None,
+}  # fmt: skip
 PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
 
@@ -47,6 +60,7 @@ class Prepared:
     """Everything decided and read, nothing trained: what `plan` shows and `train` goes on from.
 
     Attributes:
+        plan: made already where settings were chosen by it.
         unpacked: why rows hold one sample each although packing was not switched off; None where it is not so.
     """
 
@@ -58,6 +72,7 @@ class Prepared:
     rows: Rows
     workload: Workload
     unpacked: str | None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,12 @@ class Outcome:
     digest: str
 
 
-def prepare_run(config: RunConfig) -> Prepared:
-    """Finds the model, reads and encodes the data, resolves the computation. Sets torch's threads."""
+def prepare_run(config: RunConfig, choose: bool = True, with_time: bool = True) -> Prepared:
+    """Finds the model, reads and encodes the data, resolves the computation. Sets torch's threads.
+
+    Where the run has a memory budget or method auto, its settings are chosen to fit, and the plan made, unless not
+    to `choose`: a resumed run has the settings that it began with. Raises InputError where nothing fits.
+    """
     hardware = detect()
     computation = choose_computation(config, hardware)
     computation.begin()
@@ -103,7 +122,32 @@ def prepare_run(config: RunConfig) -> Prepared:
         config.seed, pack, int(pad or 0), prefixes,
     )  # fmt: skip
     workload = _workload(config, rows)
-    return Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
+    prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
+    return _fitted(prepared, with_time) if choose and is_wanted(config) else prepared
+
+
+def _fitted(prepared: Prepared, with_time: bool) -> Prepared:
+    """The same with settings chosen so that the run stays within its budget."""
+
+    def rows_of(run: RunConfig) -> Rows:
+        return replace(prepared.rows, micro_batch=run.train.micro_batch, accumulation=run.train.accumulation)
+
+    source = prepared.source
+    config, plan = plan_within(
+        prepared.config, source.reference, source.config, prepared.computation, prepared.hardware,
+        lambda run: _workload(run, rows_of(run)), learning_rate, with_time,
+    )  # fmt: skip
+    rows = rows_of(config)
+    return replace(prepared, config=config, rows=rows, workload=_workload(config, rows), plan=plan)
+
+
+def resumed(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The run file with the settings that were chosen, where any were, when the run in `folder` began."""
+    if not is_wanted(config) or not folder.config_file.is_file():
+        return config
+    before = read_run_config(folder)
+    train = {name.removeprefix("train."): getattr(before.train, name.removeprefix("train.")) for name in CHOSEN}
+    return config.model_copy(update={"method": before.method, "train": config.train.model_copy(update=train)})
 
 
 def _workload(config: RunConfig, rows: Rows) -> Workload:
@@ -128,11 +172,12 @@ def _row_tokens(config: RunConfig, data: TrainingData, pack: bool) -> int:
 
 def plan_run(prepared: Prepared, with_time: bool = True) -> Plan:
     """The plan of a prepared run."""
+    if prepared.plan is not None:
+        return prepared.plan
     config = prepared.config
-    rate = config.train.learning_rate or LEARNING_RATES[config.method]
     return make_plan(
         config, prepared.source.reference, prepared.source.config, prepared.computation, prepared.hardware,
-        prepared.workload, rate, with_time,
+        prepared.workload, learning_rate(config), with_time,
     )  # fmt: skip
 
 
@@ -194,8 +239,9 @@ def train_run(
         started = time.perf_counter()
         try:
             progress = run_loop(
-                config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say
-            )
+                config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say,
+                plan.budget_bytes,
+            )  # fmt: skip
         finally:
             board.close()
         base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
@@ -243,7 +289,7 @@ def machine(hardware: Hardware) -> dict[str, Any]:
 def _identity(prepared: Prepared) -> dict[str, str]:
     """What must be the same for a checkpoint to be gone on from."""
     train = prepared.config.train.model_copy(update=_FREE_TO_CHANGE)
-    config = prepared.config.model_copy(update={"output": None, "train": train})
+    config = prepared.config.model_copy(update={"output": None, "memory": None, "train": train})
     computation = prepared.computation
     data = hashlib.sha256()
     for sample in (*prepared.data.train, *prepared.data.validation):

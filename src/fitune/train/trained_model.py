@@ -47,12 +47,18 @@ class TrainedModel:
     def build(self) -> FusedModel:
         """The model with its adapter."""
         self.computation.begin()
-        return build_for_answers(self.source, self.method, self.computation, self.adapter)
+        return build_for_answers(self.source, self.method, self.computation, self.adapter, self._resident_layers)
 
     def build_untuned(self) -> FusedModel:
         """The base alone (where there is an adapter, switching that off gives the same for less)."""
         self.computation.begin()
-        return build_for_answers(self.untuned or self.source, self.method, self.computation)
+        source = self.untuned or self.source
+        return build_for_answers(source, self.method, self.computation, resident_layers=self._resident_layers)
+
+    @property
+    def _resident_layers(self) -> int | None:
+        """As the run was trained."""
+        return self.config.train.resident_layers if self.config else None
 
 
 def find_trained(reference: str, four_bit: bool | None = None) -> TrainedModel:

@@ -1,0 +1,132 @@
+"""Memory for what the native kernels make in a training step, used again from step to step.
+
+A general heap keeps what a step saves for its backward pass between what lives for one product, and is left with
+holes: its resident size was a tenth to a third above what was alive (docs/log.md, "rooms"). Here every result of some
+size has a mapping of its own, which the next result of about that size takes over when nobody holds the first any
+more: no holes, no pages to fault in anew, and a resident size that is what a step needs.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+# Below this the heap is as good: small results leave small holes.
+SMALLEST_BYTES = 1 << 18
+# A room may be so much larger than what it is taken for; rows of a step differ by less.
+SLACK = 1.125
+GRAIN_BYTES = 1 << 16
+HUGE_BYTES = 1 << 21
+
+
+@dataclass(slots=True)
+class _Room:
+    """A mapping, and the step it was last taken in."""
+
+    memory: mmap.mmap
+    step: int
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no tensor lies in it: each holds a reference to the mapping."""
+        return self.holders() == _UNUSED
+
+    def holders(self) -> int:
+        """References to the mapping, this room's own and the counting's included."""
+        return sys.getrefcount(self.memory)
+
+
+class Rooms(threading.local):
+    """A thread's rooms, in the order of their sizes.
+
+    Attributes:
+        is_open: whether results are put into rooms now.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._sizes: list[int] = []
+        self._rooms: list[_Room] = []
+        self._step = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all rooms, taken or not."""
+        return sum(self._sizes)
+
+    def take(self, size_bytes: int) -> mmap.mmap:
+        """A mapping of at least so many bytes that nobody uses."""
+        size = -(-size_bytes // GRAIN_BYTES) * GRAIN_BYTES
+        place = bisect.bisect_left(self._sizes, size)
+        while place < len(self._sizes) and self._sizes[place] <= SLACK * size:
+            room = self._rooms[place]
+            if room.is_free:
+                room.step = self._step
+                return room.memory
+            place += 1
+        self._make_way(size)
+        memory = mmap.mmap(-1, size)
+        if size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        place = bisect.bisect_left(self._sizes, size)
+        self._sizes.insert(place, size)
+        self._rooms.insert(place, _Room(memory, self._step))
+        return memory
+
+    def _make_way(self, size: int) -> None:
+        """Lets go of free rooms that this step has not used yet, as many as the new one takes."""
+        for place in reversed(range(len(self._rooms))):
+            if size <= 0:
+                return
+            room = self._rooms[place]
+            if room.step != self._step and room.is_free:
+                size -= self._sizes[place]
+                del self._rooms[place], self._sizes[place]
+
+    def end_step(self) -> None:
+        """Lets go of the rooms that this step did not use."""
+        kept = [n for n, room in enumerate(self._rooms) if room.step == self._step or not room.is_free]
+        self._rooms, self._sizes = [self._rooms[n] for n in kept], [self._sizes[n] for n in kept]
+        self._step += 1
+
+    def clear(self) -> None:
+        """Lets go of all rooms; those that tensors lie in end with them."""
+        self._rooms, self._sizes = [], []
+
+
+rooms = Rooms()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `torch.empty` on the CPU; in a room where rooms are open and it is large enough for one."""
+    count = prod(shape)
+    size = count * dtype.itemsize
+    if not rooms.is_open or size < SMALLEST_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(rooms.take(size), dtype=dtype, count=count)
+    # Not a view of `flat`: autograd has rules for those.
+    made: Tensor = torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, tuple(shape))
+    return made
+
+
+@contextmanager
+def a_step() -> Iterator[None]:
+    """Inside, results of native kernels lie in rooms, which stay for the next step where this one used them."""
+    was_open, rooms.is_open = rooms.is_open, True
+    try:
+        yield
+    finally:
+        rooms.is_open = was_open
+        rooms.end_step()
+
+
+_UNUSED = _Room(mmap.mmap(-1, GRAIN_BYTES), 0).holders()

@@ -1,0 +1,45 @@
+"""A model whose quantised layers need not all be in memory at one time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fitune.errors import InputError
+from fitune.quant.mapped_pages import MappedPages, give_back, is_mapped, spans_of
+from fitune.quant.stream import LayerStream, layer_groups
+
+
+def stream_layers(model: PreTrainedModel, resident_layers: int) -> LayerStream:
+    """Has all but `resident_layers` of a model's quantised layers come from its store when they are computed.
+
+    Embeddings and head, where they are mapped too, are let go after each use.
+    Raises InputError for a model without quantised layers, FituneError where they are not mapped.
+    """
+    groups = layer_groups(model)
+    if not groups:
+        raise InputError(
+            "is for frozen weights in 4 bits, and this model has none; take method qlora, or leave it out",
+            where="train.resident_layers",
+        )
+    stream = LayerStream(groups, MappedPages(groups), resident_layers)
+    spans = spans_of(end_tensors(model))
+
+    def used(*_: Any) -> None:
+        give_back(spans)
+
+    stream.end_used = used
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.register_forward_hook(used)
+    used()
+    return stream
+
+
+def end_tensors(model: PreTrainedModel) -> list[Tensor]:
+    """The weights of embeddings and head that lie in mapped files."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(module, "weight", None) for module in modules if module is not None]
+    return [weight.data for weight in weights if isinstance(weight, Tensor) and is_mapped(weight.data)]
