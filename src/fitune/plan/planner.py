@@ -13,13 +13,13 @@ from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
 from fitune.plan.anatomy import read_anatomy
 from fitune.plan.computation import Computation
-from fitune.plan.dry_run import Shape, step_memory, step_seconds
+from fitune.plan.dry_run import Shape, StepMemory, step_memory, step_seconds
 from fitune.process_memory import give_back_free_memory, resident_bytes
 
 
 @dataclass(frozen=True)
 class Item:
-    """One number of the plan. `origin` is one of: you, default, model, data, derived, dry run, probe, machine."""
+    """One number of the plan. `origin` is one of: you, default, model, data, derived, dry run, probe, machine, published."""
 
     name: str
     value: int | float | str
@@ -75,6 +75,38 @@ def _origin(name: str, given: Collection[str]) -> str:
     return "you" if name in given else "default"
 
 
+def shape_of(run: RunConfig, workload: Workload) -> Shape:
+    """The micro-batch of a run."""
+    tokens = workload.row_tokens
+    places = run.train.micro_batch * tokens
+    trained = min(max(1, round(places * workload.trained_share)), places - 1)
+    return Shape(run.train.micro_batch, tokens, max(1, min(workload.mean_document_tokens, tokens)), trained)
+
+
+def parts_at_peak(step: StepMemory, trained_bytes: int) -> tuple[int, int, int]:
+    """Gradients, saved activations and workspaces at the peak, where not all of each need be alive."""
+    saved = min(step.saved, step.peak - step.optimizer)
+    gradients = min(trained_bytes, step.peak - step.optimizer - saved)
+    return gradients, saved, step.peak - step.optimizer - saved - gradients
+
+
+def resolved_settings(run: RunConfig, workload: Workload, learning_rate: float) -> tuple[Item, ...]:
+    """What a run is told to do, whatever it runs on."""
+    train, fields = run.train, run.train.model_fields_set
+    length = (
+        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
+        Item("tokens", workload.tokens, "", "data"),
+    )
+    return (
+        Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
+        Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
+        Item("micro-batch", train.micro_batch, "rows", _origin("micro_batch", fields)),
+        Item("accumulation", train.accumulation, "micro-batches", _origin("accumulation", fields)),
+        Item("row", workload.row_tokens, "tokens", "data"),
+        *(length if workload.steps else ()),
+    )
+
+
 def make_plan(
     run: RunConfig, model: str, config: PretrainedConfig, computation: Computation, hardware: Hardware,
     workload: Workload, learning_rate: float, with_time: bool = True,
@@ -86,11 +118,7 @@ def make_plan(
     Raises FituneError for a model whose step cannot be dry-run.
     """
     before = resident_bytes()
-    tokens = workload.row_tokens
-    document = max(1, min(workload.mean_document_tokens, tokens))
-    places = run.train.micro_batch * tokens
-    trained = min(max(1, round(places * workload.trained_share)), places - 1)
-    shape = Shape(run.train.micro_batch, tokens, document, trained)
+    shape = shape_of(run, workload)
     anatomy = read_anatomy(run, config, computation.dtype)
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
     step = step_memory(*arguments)
@@ -102,10 +130,7 @@ def make_plan(
     gc.collect()
     give_back_free_memory()
     overhead = resident_bytes()
-    # What the parts are at the peak, where not all of each need be alive.
-    saved = min(step.saved, step.peak - step.optimizer)
-    gradients = min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
-    workspace = step.peak - step.optimizer - saved - gradients
+    gradients, saved, workspace = parts_at_peak(step, anatomy.trained_bytes)
     memory = (
         Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
         *((Item("int8 scales, columns", anatomy.int8_bytes, "bytes", "derived"),) if anatomy.int8_bytes else ()),
@@ -119,21 +144,11 @@ def make_plan(
     peak = overhead + weights + step.peak
     whole = None
     if seconds is not None and workload.tokens:
-        whole = seconds * workload.tokens / (shape.rows * tokens * run.train.accumulation)
-    train, fields = run.train, run.train.model_fields_set
-    length = (
-        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
-        Item("tokens", workload.tokens, "", "data"),
-    )
+        whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)
     settings = (
-        Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
-        Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
-        Item("micro-batch", train.micro_batch, "rows", _origin("micro_batch", fields)),
-        Item("accumulation", train.accumulation, "micro-batches", _origin("accumulation", fields)),
-        Item("row", tokens, "tokens", "data"),
-        *(length if workload.steps else ()),
+        *resolved_settings(run, workload, learning_rate),
         Item("computation", computation.reason, "", "machine"),
-        Item("threads", computation.threads, "", "you" if train.threads else "machine"),
+        Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
