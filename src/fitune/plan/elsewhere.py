@@ -5,9 +5,10 @@ For a CPU it is this machine's plan with another size of memory. For a GPU the s
 score matrix is in it). The rest is put together as a GPU has it: weights as they are stored (NF4, or the dtype of the
 computation), adapters and their states in float32, and what CUDA itself takes.
 
-Full fine-tuning keeps float32 weights there too, computed in bfloat16 by autocast: 4 bytes a parameter for the weight,
-4 for its gradient, 8 for AdamW's two moments, and 2 for the copy that autocast makes and keeps through the forward
-pass. Recipes in pure bfloat16 take half of it and lose every update that is smaller than a bfloat16's last bit.
+Full fine-tuning keeps float32 weights there too, computed in bfloat16 by autocast: 4 bytes a parameter for the
+weight, 4 for its gradient, 8 for AdamW's two moments, and 2 for the copy in bfloat16 that the backward pass wants
+(with recomputation for one layer at a time). Recipes in pure bfloat16 take half of it, 2 + 2 + 4, and lose every
+update that is smaller than half a bfloat16's last bit (0.2 % of a weight).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from fitune.plan.sharding import Sharding, shard
 CUDA_CONTEXT_BYTES = 400_000_000
 # What cuBLAS is given: 32 MiB on Hopper, 4 MiB on large older cards, https://github.com/pytorch/pytorch/pull/120925.
 BLAS_WORKSPACE_BYTES = 32 << 20
-# Of what is allocated anew in every step, so much more is reserved for it and lies in holes. With expandable segments;
-# without them it may be half as much again (https://github.com/meta-pytorch/torchtune/issues/1185). 5 % is what
-# https://github.com/vllm-project/compressed-tensors/pull/587 sets aside after having met 2.4 % of all memory.
+# Of what is allocated anew in every step, so much more is reserved for it and lies in holes. With expandable
+# segments; without them it may be half as much again (https://github.com/meta-pytorch/torchtune/issues/1185). 5 % is
+# what https://github.com/vllm-project/compressed-tensors/pull/587 sets aside after having met 2.4 % of all memory.
 ALLOCATOR_SHARE = 0.05
 
 NO_TIME_CPU = "Time is not known: it is measured by running, and that machine is not here."
@@ -158,9 +159,10 @@ def _gpu_notes(run: RunConfig, anatomy: Anatomy, machine: Machine) -> list[str]:
     if machine.source == "you":
         notes.append("A card shows programs up to a tenth less than the size on its box; --on NAME knows it.")
     if run.method == "full" and run.train.optimizer == "adamw":
+        wide, narrow = _gb(16 * anatomy.trained_elements), _gb(8 * anatomy.trained_elements)
         notes.append(
-            f"Weights, gradients and both moments are float32, as fitune trains them: {_gb(16 * anatomy.trained_elements)}"
-            f"; a recipe in pure bfloat16 holds {_gb(8 * anatomy.trained_elements)}, and loses small updates."
+            f"Weights, gradients and both moments are float32, as fitune trains them: {wide}. A recipe in pure "
+            f"bfloat16 holds {narrow} of them, and loses small updates."
         )
     return notes
 

@@ -19,7 +19,10 @@ from fitune.process_memory import give_back_free_memory, resident_bytes
 
 @dataclass(frozen=True)
 class Item:
-    """One number of the plan. `origin` is one of: you, default, model, data, derived, dry run, probe, machine, published."""
+    """One number of the plan.
+
+    `origin` is one of: you, default, model, data, derived, dry run, probe, machine, published.
+    """
 
     name: str
     value: int | float | str
