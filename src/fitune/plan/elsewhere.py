@@ -29,6 +29,7 @@ from fitune.plan.dry_run import StepMemory, step_memory
 from fitune.plan.machines import Machine
 from fitune.plan.planner import Item, Plan, Workload, make_plan, parts_at_peak, resolved_settings, shape_of
 from fitune.plan.sharding import Sharding, shard
+from fitune.process_memory import resident_bytes
 
 # What a process takes of a GPU before its first tensor: about 400 MB since kernels are loaded when first used
 # (CUDA 11.7), https://github.com/pytorch/pytorch/issues/109888.
@@ -41,7 +42,7 @@ BLAS_WORKSPACE_BYTES = 32 << 20
 ALLOCATOR_SHARE = 0.05
 
 NO_TIME_CPU = "Time is not known: it is measured by running, and that machine is not here."
-NO_TIME_GPU = "Time is not known: it is measured by running, and there is no such GPU here."
+NO_TIME_GPU = "Of fitune's own step with the kernels of a GPU, not measured on one; its time is not known."
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,28 @@ def gpu_memory(
     return GpuMemory(anatomy, step, workspaces.largest_decoded)
 
 
+def peak_on(machine: Machine, run: RunConfig, config: PretrainedConfig, workload: Workload) -> int:
+    """Bytes at the peak of a run on a device of `machine` that holds everything: `plan_for` without the page.
+
+    Raises as `plan_for` does.
+    """
+    if machine.kind == "gpu":
+        return gpu_memory(run, config, workload, gpu_dtype(run, machine)[0]).peak_bytes
+    computation = choose_computation(run, detect(with_accelerators=False))
+    anatomy = read_anatomy(run, config, computation.dtype)
+    step = step_memory(run, config, anatomy, shape_of(run, workload), computation.dtype, computation.backend)
+    weights = anatomy.frozen_bytes + anatomy.int8_bytes + anatomy.trained_bytes
+    return weights + step.peak + resident_bytes()
+
+
 def _gpu_notes(run: RunConfig, anatomy: Anatomy, machine: Machine) -> list[str]:
     notes = [NO_TIME_GPU]
+    train = run.train
+    if machine.count > 1:
+        notes.append(
+            f"Each GPU takes {train.accumulation} micro-batches of {train.micro_batch} a step: "
+            f"{machine.count * train.accumulation * train.micro_batch} rows in all."
+        )
     if machine.source == "you":
         notes.append("A card shows programs up to a tenth less than the size on its box; --on NAME knows it.")
     if run.method == "full" and run.train.optimizer == "adamw":

@@ -1,11 +1,11 @@
 """Weights, gradients and optimizer states spread over several GPUs (ZeRO-3, FSDP): what each holds, what it sends.
 
 Arranged as FSDP does it (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html): each layer is a
-unit, gathered before its forward and its backward pass and freed after it, the next one being gathered meanwhile; what
-belongs to no layer (embeddings, last norm, head) is gathered once a pass and stays. ZeRO-3 is the same in bytes
+unit, gathered before its forward and its backward pass and freed after it, the next one being gathered meanwhile.
+What belongs to no layer (embeddings, last norm, head) is gathered once a pass and stays. ZeRO-3 is the same in bytes
 (https://arxiv.org/abs/1910.02054, section 7: parameters are gathered twice, gradients reduced and scattered once).
 Every GPU has a micro-batch of its own, so activations are not divided. Frozen weights are gathered as they are stored
-(NF4 or 16 bit), trained ones in the dtype of the computation for method full.
+(NF4 or 16 bit), trained ones of method full in the dtype of the computation.
 """
 
 from __future__ import annotations

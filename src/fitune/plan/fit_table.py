@@ -1,0 +1,139 @@
+"""Methods against sizes of memory: the longest row that fits, or what is missing.
+
+Every run in it has one row a micro-batch and computes its layers again in the backward pass, which is the least that a
+method takes. Bytes are dry-run at a few lengths and drawn straight between them and beyond: a step's memory is the
+largest of sums that are straight in the length, so between two lengths the line lies above it, and past the point where
+activations outweigh everything it is exact. A model whose attention builds masks bends upward; for such the model's
+longest row is dry-run too, so that nothing lies beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from fitune.config.schema import RunConfig
+from fitune.fuse.attention import obstacle
+from fitune.models.graph import build_graph
+from fitune.plan.elsewhere import peak_on
+from fitune.plan.machines import Machine, find_machine
+from fitune.plan.planner import Workload
+
+GPU_SIZES = ("8GB", "12GB", "16GB", "24GB", "48GB", "80GB")
+CPU_SIZES = ("16GB", "32GB", "64GB")
+METHODS = (("qlora", "adamw"), ("lora", "adamw"), ("full", "adamw8bit"), ("full", "adamw"))
+SHORTEST_TOKENS = 256
+DRY_RUN_TOKENS = (256, 4096, 16384)
+# Where a configuration does not say how long a row may be.
+LIMIT_TOKENS = 32768
+TRAINED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one size of memory.
+
+    Attributes:
+        longest_tokens: of a row that fits; 0 where the shortest does not.
+        missing_bytes: for the shortest row; 0 where it fits.
+    """
+
+    method: str
+    optimizer: str
+    kind: str
+    memory_bytes: int
+    longest_tokens: int
+    missing_bytes: int
+
+
+@dataclass(frozen=True)
+class FitTable:
+    """What fits where.
+
+    Attributes:
+        lengths: rows that were tried, tokens.
+        dry_run_tokens: lengths that were dry-run.
+        recompute: "layers", or "none" for a model that cannot compute its layers again.
+        cells: by method, GPUs before CPUs, each by size.
+    """
+
+    model: str
+    lengths: tuple[int, ...]
+    dry_run_tokens: tuple[int, ...]
+    recompute: str
+    rank: int
+    cells: tuple[Cell, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def fit_table(run: RunConfig, model: str, config: PretrainedConfig) -> FitTable:
+    """Fills the table for a model, with the adapter's settings of `run`. Takes some twenty dry runs, seconds each.
+
+    Raises FituneError for a model whose step cannot be dry-run.
+    """
+    lengths = row_lengths(config)
+    graph = build_graph(config, torch.bfloat16)
+    recompute = "layers" if graph.supports_gradient_checkpointing else "none"
+    measured = tuple(dict.fromkeys(min(tokens, lengths[-1]) for tokens in DRY_RUN_TOKENS))
+    if lengths[-1] > measured[-1] and obstacle(graph) is not None:
+        measured = (*measured, lengths[-1])
+    cells: list[Cell] = []
+    for method, optimizer in METHODS:
+        small = _changed(run, method, optimizer, recompute)
+        for sizes in (GPU_SIZES, CPU_SIZES):
+            machines = [_machine(size, sizes is CPU_SIZES) for size in sizes]
+            peaks = {tokens: peak_on(machines[0], small, config, _workload(tokens)) for tokens in measured}
+            cells += [_cell(method, optimizer, machine, peaks, lengths) for machine in machines]
+    return FitTable(model, lengths, measured, recompute, run.lora.rank, tuple(cells))
+
+
+def row_lengths(config: PretrainedConfig) -> tuple[int, ...]:
+    """256, 512, ... up to the longest row that the model takes, which comes last."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LIMIT_TOKENS
+    lengths = []
+    tokens = SHORTEST_TOKENS
+    while tokens < limit:
+        lengths.append(tokens)
+        tokens *= 2
+    return (*lengths, limit)
+
+
+def bytes_at(tokens: int, peaks: dict[int, int]) -> int:
+    """Peak bytes of a row of `tokens`, on straight lines through the lengths in `peaks`."""
+    known = sorted(peaks)
+    if len(known) == 1:
+        return peaks[known[0]]
+    place = next((i for i, upper in enumerate(known[1:], 1) if tokens <= upper), len(known) - 1)
+    lower, upper = known[place - 1], known[place]
+    slope = (peaks[upper] - peaks[lower]) / (upper - lower)
+    return round(peaks[lower] + slope * (tokens - lower))
+
+
+def _cell(method: str, optimizer: str, machine: Machine, peaks: dict[int, int], lengths: Sequence[int]) -> Cell:
+    fitting = [tokens for tokens in lengths if bytes_at(tokens, peaks) <= machine.memory_bytes]
+    missing = max(0, bytes_at(lengths[0], peaks) - machine.memory_bytes)
+    return Cell(method, optimizer, machine.kind, machine.memory_bytes, max(fitting, default=0), missing)
+
+
+def _machine(size: str, is_cpu: bool) -> Machine:
+    return find_machine(f"cpu:{size}", None, 1) if is_cpu else find_machine(None, size, 1)
+
+
+def _workload(tokens: int) -> Workload:
+    """One document a row."""
+    return Workload(0, 0, tokens, TRAINED_SHARE, tokens)
+
+
+def _changed(run: RunConfig, method: str, optimizer: str, recompute: str) -> RunConfig:
+    train = run.train.model_copy(
+        update={"micro_batch": 1, "accumulation": 1, "optimizer": optimizer, "recompute": recompute, "compute": "auto"}
+    )
+    return run.model_copy(update={"method": method, "train": train})
+
