@@ -21,6 +21,10 @@ SAMPLES, SAMPLE_TOKENS, TRAINED_SHARE = 1000, 256, 0.5
 ASSUMED = f"Assumed, as no run file was given: {SAMPLES:,} samples of {SAMPLE_TOKENS} tokens, half of them trained."
 ASSUMED_WITH_STEPS = f"Assumed, as no run file was given: samples of {SAMPLE_TOKENS} tokens, half of them trained."
 ASSUMED_OF_PRESET = f"{ASSUMED_WITH_STEPS} How long the run takes follows from your data, or from train.steps=N."
+# What the table goes through, or sets to what takes the least.
+CHOSEN_BY_TABLE = {
+    "method", "data.max_tokens", "train.micro_batch", "train.accumulation", "train.recompute", "train.optimizer",
+}  # fmt: skip
 
 
 def command(
@@ -55,6 +59,9 @@ def command(
 
         if machine is not None:
             raise InputError("is over many machines; leave --on, --memory and --count out", where="--table")
+        chosen = [name for word in overrides or [] if (name := word.partition("=")[0].strip()) in CHOSEN_BY_TABLE]
+        if chosen:
+            raise InputError(f"chooses {', '.join(chosen)} itself; leave it out", where="--table")
         run_table(*_opened(run, overrides or []), as_json)
         return
     if machine is not None:

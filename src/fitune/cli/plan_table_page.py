@@ -29,7 +29,8 @@ def run_table(source: ModelSource, run: RunConfig, as_json: bool) -> None:
 
 def print_fit_table(table: FitTable) -> None:
     """A block for GPUs and one for CPUs; what was taken for the run, and how it was found."""
-    print(f"Longest row that fits, in tokens, for {table.model} (rows up to {table.lengths[-1]:,}); or what is missing\n")
+    rows_to = f"rows up to {table.lengths[-1]:,}"
+    print(f"Longest row that fits, in tokens, for {table.model} ({rows_to}); or what is missing\n")
     for kind, head in HEADS.items():
         cells = [cell for cell in table.cells if cell.kind == kind]
         sizes = sorted({cell.memory_bytes for cell in cells})

@@ -1,10 +1,10 @@
 """Methods against sizes of memory: the longest row that fits, or what is missing.
 
-Every run in it has one row a micro-batch and computes its layers again in the backward pass, which is the least that a
-method takes. Bytes are dry-run at a few lengths and drawn straight between them and beyond: a step's memory is the
-largest of sums that are straight in the length, so between two lengths the line lies above it, and past the point where
-activations outweigh everything it is exact. A model whose attention builds masks bends upward; for such the model's
-longest row is dry-run too, so that nothing lies beyond.
+Every run in it has one row a micro-batch and computes its layers again in the backward pass, which is the least that
+a method takes. Bytes are dry-run at a few lengths and drawn straight between them and beyond. A step's memory is the
+largest of several sums that are straight in the length: between two lengths the line is never too low, and beyond the
+last one it is right where activations already outweigh the trained weights' gradients. Where they do not, or
+attention builds masks (which grow with the square), longer rows are dry-run too, as far as they fit anywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from fitune.config.schema import RunConfig
 from fitune.fuse.attention import obstacle
 from fitune.models.graph import build_graph
+from fitune.plan.anatomy import read_anatomy
 from fitune.plan.elsewhere import peak_on
 from fitune.plan.machines import Machine, find_machine
 from fitune.plan.planner import Workload
@@ -27,7 +28,8 @@ GPU_SIZES = ("8GB", "12GB", "16GB", "24GB", "48GB", "80GB")
 CPU_SIZES = ("16GB", "32GB", "64GB")
 METHODS = (("qlora", "adamw"), ("lora", "adamw"), ("full", "adamw8bit"), ("full", "adamw"))
 SHORTEST_TOKENS = 256
-DRY_RUN_TOKENS = (256, 4096, 16384)
+DRY_RUN_TOKENS = (256, 2048, 8192)
+STRIDE = 4  # from one length to the next where more are needed
 # Where a configuration does not say how long a row may be.
 LIMIT_TOKENS = 32768
 TRAINED_SHARE = 0.5
@@ -56,7 +58,7 @@ class FitTable:
 
     Attributes:
         lengths: rows that were tried, tokens.
-        dry_run_tokens: lengths that were dry-run.
+        dry_run_tokens: lengths that were dry-run; not all for a method that fits nowhere.
         recompute: "layers", or "none" for a model that cannot compute its layers again.
         cells: by method, GPUs before CPUs, each by size.
     """
@@ -74,24 +76,46 @@ class FitTable:
 
 
 def fit_table(run: RunConfig, model: str, config: PretrainedConfig) -> FitTable:
-    """Fills the table for a model, with the adapter's settings of `run`. Takes some twenty dry runs, seconds each.
+    """Fills the table for a model, with the adapter's settings of `run`. Some ten to twenty dry runs, a second each.
 
     Raises FituneError for a model whose step cannot be dry-run.
     """
     lengths = row_lengths(config)
     graph = build_graph(config, torch.bfloat16)
     recompute = "layers" if graph.supports_gradient_checkpointing else "none"
-    measured = tuple(dict.fromkeys(min(tokens, lengths[-1]) for tokens in DRY_RUN_TOKENS))
-    if lengths[-1] > measured[-1] and obstacle(graph) is not None:
-        measured = (*measured, lengths[-1])
+    dry_run_tokens: set[int] = set()
     cells: list[Cell] = []
     for method, optimizer in METHODS:
         small = _changed(run, method, optimizer, recompute)
         for sizes in (GPU_SIZES, CPU_SIZES):
             machines = [_machine(size, sizes is CPU_SIZES) for size in sizes]
-            peaks = {tokens: peak_on(machines[0], small, config, _workload(tokens)) for tokens in measured}
+            peaks = _peaks(small, config, machines, lengths[-1], obstacle(graph) is not None)
             cells += [_cell(method, optimizer, machine, peaks, lengths) for machine in machines]
-    return FitTable(model, lengths, measured, recompute, run.lora.rank, tuple(cells))
+            dry_run_tokens |= peaks.keys()
+    return FitTable(model, lengths, tuple(sorted(dry_run_tokens)), recompute, run.lora.rank, tuple(cells))
+
+
+def _peaks(
+    run: RunConfig, config: PretrainedConfig, machines: Sequence[Machine], longest: int, masks: bool
+) -> dict[int, int]:
+    """Tokens -> peak bytes, at as many lengths as the machines' cells need."""
+    largest = max(machine.memory_bytes for machine in machines)
+    peaks: dict[int, int] = {}
+
+    def dry_run(tokens: int) -> None:
+        peaks[tokens] = peak_on(machines[0], run, config, Workload(0, 0, tokens, TRAINED_SHARE, tokens))
+
+    for tokens in dict.fromkeys(min(tokens, longest) for tokens in DRY_RUN_TOKENS):
+        if not peaks or max(peaks.values()) <= largest:
+            dry_run(tokens)
+    trained = read_anatomy(run, config, torch.bfloat16).trained_bytes
+    while longest > max(peaks) and max(peaks.values()) <= largest:
+        last, before = sorted(peaks, reverse=True)[:2]
+        by_activations = (peaks[last] - peaks[before]) / (last - before) * last
+        if by_activations >= trained and not masks:
+            break
+        dry_run(min(longest, STRIDE * last))
+    return peaks
 
 
 def row_lengths(config: PretrainedConfig) -> tuple[int, ...]:
@@ -126,14 +150,8 @@ def _machine(size: str, is_cpu: bool) -> Machine:
     return find_machine(f"cpu:{size}", None, 1) if is_cpu else find_machine(None, size, 1)
 
 
-def _workload(tokens: int) -> Workload:
-    """One document a row."""
-    return Workload(0, 0, tokens, TRAINED_SHARE, tokens)
-
-
 def _changed(run: RunConfig, method: str, optimizer: str, recompute: str) -> RunConfig:
     train = run.train.model_copy(
-        update={"micro_batch": 1, "accumulation": 1, "optimizer": optimizer, "recompute": recompute, "compute": "auto"}
+        update={"micro_batch": 1, "accumulation": 1, "optimizer": optimizer, "recompute": recompute}
     )
     return run.model_copy(update={"method": method, "train": train})
-

@@ -140,4 +140,8 @@ def _halve_row(state: _State) -> _Change | None:
     tokens = max(SHORTEST_ROW_TOKENS, state.workload.row_tokens // 2)
     if tokens >= state.workload.row_tokens:
         return None
-    return _Change((f"data.max_tokens={tokens}",), lambda s: replace(s, workload=replace(s.workload, row_tokens=tokens)))
+
+    def shorter(state: _State) -> _State:
+        return replace(state, workload=replace(state.workload, row_tokens=tokens))
+
+    return _Change((f"data.max_tokens={tokens}",), shorter)
