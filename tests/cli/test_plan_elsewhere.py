@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from command_line import call, facts_of
 
+from fitune.cli.plan_elsewhere_page import nearest_sentence
 from fitune.cli.plan_table_page import print_fit_table
 from fitune.plan.fit_table import Cell, FitTable
+from fitune.plan.nearest_fit import NearestFit
 
 WORKED = (
     "codellama-13b", "--memory", "24GB", "--count", "3", "lora.rank=64", "lora.alpha=32", "train.micro_batch=1",
@@ -37,18 +39,26 @@ def test_the_worked_case() -> None:
     assert four["seconds_per_step"] is None
 
 
-def test_the_page_says_what_is_missing_and_what_would_fit() -> None:
-    two = ("--memory", "1GB", "--count", "2")
-    code, out, err = call("plan", "smollm2-135m", *two, "method=lora", "data.max_tokens=512")
+def test_the_page_says_what_is_missing() -> None:
+    least = ("train.micro_batch=1", "train.recompute=layers", "train.optimizer=adamw8bit", "data.max_tokens=256")
+    code, out, err = call("plan", "smollm2-135m", "--memory", "400MB", "--count", "2", *least)
     assert code == 0, err
-    assert out.startswith("Plan: lora on smollm2-135m, for 2 x GPU of 1GB\n")
+    assert out.startswith("Plan: qlora on smollm2-135m, for 2 x GPU of 400MB\n")
     for words in (
         "memory on each", "available", "It does not fit: ", "missing on each, which holds everything",
-        "Sharded over the 2 (FSDP, ZeRO-3): ", "received to gather weights, twice", "The nearest that fits: ",
+        "Sharded over the 2 (FSDP, ZeRO-3): ", "received to gather weights, twice", "Nothing that can be set makes it smaller.",
         "its time is not known", "devices",
     ):  # fmt: skip
         assert words in out, words
     assert "(probe)" not in out
+
+
+def test_what_would_fit_is_written_as_it_is_typed() -> None:
+    fits = NearestFit(("train.recompute=layers", "method=qlora"), 5 * 10**9, 0)
+    assert (
+        nearest_sentence(fits) == "The nearest that fits: train.recompute=layers method=qlora, which takes 5.00 GB."
+    )
+    assert "with method=qlora 2.00 GB are missing" in nearest_sentence(NearestFit(("method=qlora",), 5, 2 * 10**9))
 
 
 def test_a_run_file_is_planned_for_another_machine(workplace: Path) -> None:

@@ -9,8 +9,9 @@ attention builds masks (which grow with the square), longer rows are dry-run too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,38 +84,43 @@ def fit_table(run: RunConfig, model: str, config: PretrainedConfig) -> FitTable:
     lengths = row_lengths(config)
     graph = build_graph(config, torch.bfloat16)
     recompute = "layers" if graph.supports_gradient_checkpointing else "none"
+    masks = obstacle(graph) is not None
     dry_run_tokens: set[int] = set()
     cells: list[Cell] = []
     for method, optimizer in METHODS:
         small = _changed(run, method, optimizer, recompute)
+        trained = read_anatomy(small, config, torch.bfloat16).trained_bytes
         for sizes in (GPU_SIZES, CPU_SIZES):
             machines = [_machine(size, sizes is CPU_SIZES) for size in sizes]
-            peaks = _peaks(small, config, machines, lengths[-1], obstacle(graph) is not None)
+            dry_run = partial(_peak, machines[0], small, config)
+            peaks = peaks_needed(dry_run, machines[-1].memory_bytes, lengths[-1], trained, masks)
             cells += [_cell(method, optimizer, machine, peaks, lengths) for machine in machines]
             dry_run_tokens |= peaks.keys()
     return FitTable(model, lengths, tuple(sorted(dry_run_tokens)), recompute, run.lora.rank, tuple(cells))
 
 
-def _peaks(
-    run: RunConfig, config: PretrainedConfig, machines: Sequence[Machine], longest: int, masks: bool
+def peaks_needed(
+    dry_run: Callable[[int], int], largest_bytes: int, longest_tokens: int, trained_bytes: int, masks: bool
 ) -> dict[int, int]:
-    """Tokens -> peak bytes, at as many lengths as the machines' cells need."""
-    largest = max(machine.memory_bytes for machine in machines)
+    """Tokens -> peak bytes, at as many lengths as lines through them are right.
+
+    Args:
+        dry_run: the peak of a row of so many tokens.
+        largest_bytes: the most memory of the table; what is above it needs no more lengths.
+        trained_bytes: of the trained weights in float32, which their gradients take too.
+        masks: whether attention builds them.
+    """
     peaks: dict[int, int] = {}
-
-    def dry_run(tokens: int) -> None:
-        peaks[tokens] = peak_on(machines[0], run, config, Workload(0, 0, tokens, TRAINED_SHARE, tokens))
-
-    for tokens in dict.fromkeys(min(tokens, longest) for tokens in DRY_RUN_TOKENS):
-        if not peaks or max(peaks.values()) <= largest:
-            dry_run(tokens)
-    trained = read_anatomy(run, config, torch.bfloat16).trained_bytes
-    while longest > max(peaks) and max(peaks.values()) <= largest:
+    for tokens in dict.fromkeys(min(tokens, longest_tokens) for tokens in DRY_RUN_TOKENS):
+        if not peaks or max(peaks.values()) <= largest_bytes:
+            peaks[tokens] = dry_run(tokens)
+    while longest_tokens > max(peaks) and max(peaks.values()) <= largest_bytes:
         last, before = sorted(peaks, reverse=True)[:2]
         by_activations = (peaks[last] - peaks[before]) / (last - before) * last
-        if by_activations >= trained and not masks:
+        if by_activations >= trained_bytes and not masks:
             break
-        dry_run(min(longest, STRIDE * last))
+        tokens = min(longest_tokens, STRIDE * last)
+        peaks[tokens] = dry_run(tokens)
     return peaks
 
 
@@ -148,6 +154,10 @@ def _cell(method: str, optimizer: str, machine: Machine, peaks: dict[int, int], 
 
 def _machine(size: str, is_cpu: bool) -> Machine:
     return find_machine(f"cpu:{size}", None, 1) if is_cpu else find_machine(None, size, 1)
+
+
+def _peak(machine: Machine, run: RunConfig, config: PretrainedConfig, tokens: int) -> int:
+    return peak_on(machine, run, config, Workload(0, 0, tokens, TRAINED_SHARE, tokens))
 
 
 def _changed(run: RunConfig, method: str, optimizer: str, recompute: str) -> RunConfig:

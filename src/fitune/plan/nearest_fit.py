@@ -20,8 +20,6 @@ from fitune.plan.machines import Machine
 from fitune.plan.planner import Workload
 
 SHORTEST_ROW_TOKENS = 256
-# A change that saves less than this share of the peak is no help.
-LEAST_HELP = 0.005
 
 
 @dataclass(frozen=True)
@@ -58,41 +56,54 @@ class _Change:
     apply: Callable[[_State], _State]
 
 
-def nearest_fit(run: RunConfig, config: PretrainedConfig, machine: Machine, workload: Workload) -> NearestFit:
+def nearest_fit(
+    run: RunConfig, config: PretrainedConfig, machine: Machine, workload: Workload
+) -> NearestFit:  # fmt: skip
     """Changes settings of a run that does not fit on `machine` (every device holding everything) until it does.
 
     Dry-runs once for every change tried: some seconds. Where nothing helps the smallest run found is returned.
     """
+    return search(run, workload, machine.memory_bytes, lambda r, w: peak_on(machine, r, config, w))
+
+
+def search(
+    run: RunConfig, workload: Workload, memory_bytes: int, peak_on_machine: Callable[[RunConfig, Workload], int]
+) -> NearestFit:
+    """The same, for any way to tell the peak of a run. An InputError of that: the change is none for this model."""
+    known: dict[tuple[str, str, Workload], int] = {}
 
     def peak_of(state: _State) -> int:
-        return peak_on(machine, state.run, config, state.workload)
+        key = state.run.method, state.run.train.model_dump_json(), state.workload
+        if key not in known:
+            known[key] = peak_on_machine(state.run, state.workload)
+        return known[key]
 
     start = _State(run, workload)
     state, peak = start, peak_of(start)
     made: list[_Change] = []
     for lever in (_recompute, _one_row, _narrow_states, _freeze, _quantise, *[_halve_row] * 16):
-        if peak <= machine.memory_bytes:
+        if peak <= memory_bytes:
             break
         change = lever(state)
         if change is None:
             continue
         try:
             smaller = peak_of(change.apply(state))
-        except InputError:  # a model whose layers cannot be computed again
+        except InputError:
             continue
-        if smaller <= peak * (1 - LEAST_HELP):
+        if smaller < peak:
             state, peak = change.apply(state), smaller
             made.append(change)
-    if peak <= machine.memory_bytes:
+    if peak <= memory_bytes:
         for change in made[:-1]:
             without = [other for other in made if other is not change]
-            found = _all(without, start)
-            if (smaller := peak_of(found)) <= machine.memory_bytes:
+            smaller = peak_of(_all(without, start))
+            if smaller <= memory_bytes:
                 made, peak = without, smaller
     settings: dict[str, str] = {}
     for change in made:
         settings |= {setting.partition("=")[0]: setting for setting in change.settings}
-    return NearestFit(tuple(settings.values()), peak, max(0, peak - machine.memory_bytes))
+    return NearestFit(tuple(settings.values()), peak, max(0, peak - memory_bytes))
 
 
 def _all(changes: list[_Change], state: _State) -> _State:
