@@ -46,7 +46,8 @@ def test_the_page_says_what_is_missing() -> None:
     assert out.startswith("Plan: qlora on smollm2-135m, for 2 x GPU of 400MB\n")
     for words in (
         "memory on each", "available", "It does not fit: ", "missing on each, which holds everything",
-        "Sharded over the 2 (FSDP, ZeRO-3): ", "received to gather weights, twice", "Nothing that can be set makes it smaller.",
+        "Sharded over the 2 (FSDP, ZeRO-3): ", "received to gather weights, twice",
+        "Nothing that can be set makes it smaller.",
         "its time is not known", "devices",
     ):  # fmt: skip
         assert words in out, words
