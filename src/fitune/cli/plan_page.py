@@ -15,21 +15,31 @@ def print_plan(plan: Plan) -> None:
     from fitune.train.progress_view import clock
 
     print(f"Plan: {plan.method} on {plan.model}\n")
-    rows = [(item.name, gigabytes(float(item.value)), item.origin) for item in plan.memory]
-    rows.append(("peak", gigabytes(plan.peak_bytes), f"highest at {plan.peak_operator}"))
-    rows.append(("available", gigabytes(plan.available_bytes), "machine"))
-    if plan.budget_bytes is not None:
-        rows.append(("budget", gigabytes(plan.budget_bytes), "you"))
-    print_table(("memory", "size", "origin"), rows)
+    print_memory(plan)
     if plan.choices:
         print()
         print_facts("Chosen to stay within it", {c.setting: f"{c.value}  ({c.reason})" for c in plan.choices})
     print(f"\n{fits_sentence(plan)}\n")
-    lines = {item.name: _value(item) for item in plan.settings}
+    lines = settings_lines(plan)
     if plan.seconds_per_step is not None:
         in_all = f", {clock(plan.seconds)} in all" if plan.seconds else ""
         lines["time"] = f"{plan.seconds_per_step:.2f} s a step{in_all}  (probe)"
     print_facts("Settings", lines)
+
+
+def print_memory(plan: Plan, where: str = "", available_from: str = "machine") -> None:
+    """The items, their sum and what there is; `where` they are, and where it is known from how much there is."""
+    rows = [(item.name, gigabytes(float(item.value)), item.origin) for item in plan.memory]
+    rows.append(("peak", gigabytes(plan.peak_bytes), f"highest at {plan.peak_operator}"))
+    rows.append(("available", gigabytes(plan.available_bytes), available_from))
+    if plan.budget_bytes is not None:
+        rows.append(("budget", gigabytes(plan.budget_bytes), "you"))
+    print_table((f"memory {where}".strip(), "size", "origin"), rows)
+
+
+def settings_lines(plan: Plan) -> dict[str, str]:
+    """Every setting's value and origin."""
+    return {item.name: _value(item) for item in plan.settings}
 
 
 def fits_sentence(plan: Plan) -> str:

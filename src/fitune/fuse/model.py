@@ -82,7 +82,7 @@ class FusedModel:
             inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
         by_documents = documents_given() if "documents" in inputs else nullcontext()
-        with torch.autocast("cpu", dtype=self.dtype, enabled=wide), by_documents:
+        with torch.autocast("cpu", dtype=self.dtype, enabled=wide, cache_enabled=False), by_documents:
             if "head" in self.report.replaced:
                 hidden = self.graph.get_decoder()(**inputs).last_hidden_state
             else:

@@ -34,6 +34,7 @@ def frozen_product(
         weight = dense(frozen, i, offsets[i], [width, x.shape[1]], x.dtype, table, decoder)
         bias, a, b = frozen[4 * i + 3], factors[2 * i], factors[2 * i + 1]
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+        del weight  # before the next one is decoded
         u = x.new_empty(x.shape[0], 0) if a is None else torch.mm(x, a.t())
         ys.append(y if b is None else y.addmm_(u, b.t()))
         us.append(u)
@@ -64,6 +65,7 @@ def frozen_product_backward_(
                 into.addmm_(left, right)
             else:
                 into.add_(torch.mm(left, right))
+        del weight, left, right
         vs.append(v)
     return vs
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import a_step, rooms
 from fitune.plan.anatomy import WHOLE, Anatomy, Layers
+from fitune.plan.device_workspaces import DeviceWorkspaces
 from fitune.plan.even_routing import EvenRouting
 from fitune.plan.layer_watch import LayerWatch, even_out, layer_modules
 from fitune.plan.live_bytes import LiveBytes, Stretch
@@ -83,16 +85,19 @@ def _loss(model: FusedModel, shape: Shape) -> torch.Tensor:
 
 
 def step_memory(
-    run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, shape: Shape, dtype: torch.dtype, backend: str
-) -> StepMemory:
+    run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, shape: Shape, dtype: torch.dtype, backend: str,
+    device: DeviceWorkspaces | None = None,
+) -> StepMemory:  # fmt: skip
     """Memory of the second step (the first one makes the optimizer's states) of the whole model.
+
+    `device`: what operators take there beside their results; None: nothing.
 
     Mixtures of experts are taken to be routed evenly. Raises FituneError for a model whose forward asks for values.
     """
     try:
-        found = _dry_run(run, config, anatomy, anatomy.layers, shape, dtype, backend)
+        found = _dry_run(run, config, anatomy, anatomy.layers, shape, dtype, backend, device)
         # Where layers do not follow one another the whole model is run.
-        found = found or _dry_run(run, config, anatomy, WHOLE, shape, dtype, backend)
+        found = found or _dry_run(run, config, anatomy, WHOLE, shape, dtype, backend, device)
     except (DynamicOutputShapeException, DataDependentOutputException, UnsupportedOperatorException) as error:
         raise FituneError(
             f"the memory of a {config.model_type} model cannot be planned: its forward asks for values, and a dry "
@@ -109,7 +114,7 @@ def step_memory(
 
 def _dry_run(
     run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, layers: Layers, shape: Shape, dtype: torch.dtype,
-    backend: str,
+    backend: str, device: DeviceWorkspaces | None = None,
 ) -> StepMemory | None:  # fmt: skip
     """None where nothing can be concluded from the layers kept."""
     model, plain_attention = small_model(run, config, layers, dtype, backend, filled=False)
@@ -117,10 +122,12 @@ def _dry_run(
     _make_parameters_fake(model.graph, mode)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
     watch = LayerWatch(layer_modules(model.graph, layers), live.stretch)
-    with mode, EvenRouting(anatomy.expert_counts), live:
+    with mode, EvenRouting(anatomy.expert_counts), live, device or nullcontext():
         parts = settle_parts(model, plain_attention, lambda: watch.run(lambda: _loss(model, shape)))
         _update(optimizer)
         states = live.current + _missing_states_bytes(optimizer, anatomy)
+        if device is not None and device.sharded:
+            _drop_gradients(model.trainable)
         live.reset_peak()
         stretches: list[Stretch] = []
         saved: list[int] = []
@@ -139,6 +146,16 @@ def _dry_run(
 def _update(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _drop_gradients(parameters: list[nn.Parameter]) -> None:
+    """Has every gradient freed as soon as it is there, as where it is sent to the devices that keep its parts."""
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(drop)
 
 
 def _missing_states_bytes(optimizer: torch.optim.Optimizer, anatomy: Anatomy) -> int:

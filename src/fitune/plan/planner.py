@@ -23,7 +23,7 @@ from fitune.quant.stream import resident_groups
 class Item:
     """One number of the plan.
 
-    `origin` is one of: you, default, budget, model, data, derived, dry run, probe, machine.
+    `origin` is one of: you, default, budget, model, data, derived, dry run, probe, machine, published.
     """
 
     name: str
@@ -128,6 +128,37 @@ def _origin(name: str, given: Collection[str]) -> str:
     return "you" if name in given else "default"
 
 
+def parts_at_peak(step: StepMemory, trained_bytes: int) -> tuple[int, int, int]:
+    """Gradients, saved activations and workspaces at the peak, where not all of each need be alive."""
+    saved = min(step.saved, step.peak - step.optimizer)
+    gradients = min(trained_bytes, step.peak - step.optimizer - saved)
+    return gradients, saved, step.peak - step.optimizer - saved - gradients
+
+
+def resolved_settings(
+    run: RunConfig, workload: Workload, learning_rate: float, chosen: Collection[str] = ()
+) -> tuple[Item, ...]:
+    """What a run is told to do, whatever it runs on; `chosen`: names of settings that a budget asked for."""
+    train, fields = run.train, run.train.model_fields_set
+
+    def origin(name: str) -> str:
+        return "budget" if f"train.{name}" in chosen else _origin(name, fields)
+
+    length = (
+        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
+        Item("tokens", workload.tokens, "", "data"),
+    )
+    return (
+        Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
+        Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
+        Item("micro-batch", train.micro_batch, "rows", origin("micro_batch")),
+        Item("accumulation", train.accumulation, "micro-batches", origin("accumulation")),
+        *((Item("recompute", train.recompute, "", origin("recompute")),) if train.recompute != "none" else ()),
+        Item("row", workload.row_tokens, "tokens", "data"),
+        *(length if workload.steps else ()),
+    )
+
+
 def make_plan(
     run: RunConfig, model: str, config: PretrainedConfig, computation: Computation, hardware: Hardware,
     workload: Workload, learning_rate: float, with_time: bool = True, choices: tuple[Choice, ...] = (),
@@ -142,7 +173,6 @@ def make_plan(
     Raises FituneError for a model whose step cannot be dry-run.
     """
     before = resident_bytes()
-    tokens = workload.row_tokens
     shape = shape_of(run, workload)
     held = run_memory(run, config, computation, shape)
     anatomy, step = held.anatomy, held.step
@@ -156,10 +186,7 @@ def make_plan(
     gc.collect()
     give_back_free_memory()
     overhead = resident_bytes()
-    # What the parts are at the peak, where not all of each need be alive.
-    saved = min(step.saved, step.peak - step.optimizer)
-    gradients = min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
-    workspace = step.peak - step.optimizer - saved - gradients
+    gradients, saved, workspace = parts_at_peak(step, anatomy.trained_bytes)
     memory = (
         Item("frozen weights", frozen, "bytes", "model"),
         *((Item("int8 scales, columns", anatomy.int8_bytes, "bytes", "derived"),) if anatomy.int8_bytes else ()),
@@ -173,28 +200,12 @@ def make_plan(
     peak = overhead + weights + step.peak
     whole = None
     if seconds is not None and workload.tokens:
-        whole = seconds * workload.tokens / (shape.rows * tokens * run.train.accumulation)
-    train, fields = run.train, run.train.model_fields_set
-    chosen = {choice.setting for choice in choices}
-
-    def origin(name: str) -> str:
-        return "budget" if f"train.{name}" in chosen else _origin(name, fields)
-
-    length = (
-        Item("steps", workload.steps, "", "you" if train.steps else "derived"),
-        Item("tokens", workload.tokens, "", "data"),
-    )
+        whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)
     settings = (
-        Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
-        Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
-        Item("micro-batch", train.micro_batch, "rows", origin("micro_batch")),
-        Item("accumulation", train.accumulation, "micro-batches", origin("accumulation")),
-        *((Item("recompute", train.recompute, "", origin("recompute")),) if train.recompute != "none" else ()),
-        *_streaming(run, anatomy, origin("resident_layers")),
-        Item("row", tokens, "tokens", "data"),
-        *(length if workload.steps else ()),
+        *resolved_settings(run, workload, learning_rate, {choice.setting for choice in choices}),
+        *_streaming(run, anatomy, choices),
         Item("computation", computation.reason, "", "machine"),
-        Item("threads", computation.threads, "", "you" if train.threads else "machine"),
+        Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
@@ -202,8 +213,9 @@ def make_plan(
     )  # fmt: skip
 
 
-def _streaming(run: RunConfig, anatomy: Anatomy, origin: str) -> tuple[Item, ...]:
+def _streaming(run: RunConfig, anatomy: Anatomy, choices: tuple[Choice, ...]) -> tuple[Item, ...]:
     """How many layers stay, and what every pass reads, where not all of them stay."""
+    origin = "budget" if any(choice.setting == "train.resident_layers" for choice in choices) else "you"
     resident = run.train.resident_layers
     if resident is None or not anatomy.layer_bytes:
         return ()
