@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from fitune.models.shards import TensorPlan, plan_shards, write_shards
 from speed_cases import (
     ALPHA,
     LEARNING_RATE,
@@ -31,7 +32,6 @@ from transformers import AutoConfig
 from fitune.atomic import new_folder
 from fitune.config import load
 from fitune.data.dataset import load_training_data
-from fitune.export.shards import TensorPlan, plan_shards, write_shards
 from fitune.models.find import find_model
 from fitune.models.graph import build_graph
 

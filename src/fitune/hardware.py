@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,23 @@ def disk_free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def lies_in_memory(path: Path, proc: Path = PROC) -> bool:
+    """Whether the file system of `path` is one that keeps its files in memory (tmpfs, ramfs)."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    found: tuple[int, str] = (-1, "")
+    for line in (_read(proc / "self" / "mountinfo") or "").splitlines():
+        # man 5 proc_pid_mountinfo: the mount point is the fifth field, the type comes after a lone dash.
+        before, _, after = line.partition(" - ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4]))
+        if path.resolve().is_relative_to(point):
+            found = max(
+                (len(point.parts), after.split()[0]), found, key=lambda one: one[0]
+            )  # of equal ones the later
+    return found[1] in ("tmpfs", "ramfs")
 
 
 def _read(path: Path) -> str | None:

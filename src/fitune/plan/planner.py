@@ -49,6 +49,7 @@ class Plan:
         seconds_per_step, seconds: None where they are not known: the probe was left out, or there is no data yet.
         memory: items in bytes, which add up to `peak_bytes`.
         settings: everything resolved that is not memory.
+        disk_bytes: room that the run takes in its folder while it trains, for `train.optimizer_states: disk`.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Plan:
     peak_operator: str
     memory: tuple[Item, ...]
     settings: tuple[Item, ...]
+    disk_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -104,7 +106,7 @@ def make_plan(
     overhead = resident_bytes()
     # What the parts are at the peak, where not all of each need be alive.
     saved = min(step.saved, step.peak - step.optimizer)
-    gradients = min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
+    gradients = 0 if step.disk else min(anatomy.trained_bytes, step.peak - step.optimizer - saved)
     workspace = step.peak - step.optimizer - saved - gradients
     memory = (
         Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
@@ -134,8 +136,9 @@ def make_plan(
         *(length if workload.steps else ()),
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if train.threads else "machine"),
+        *((Item("on disk while training", f"{step.disk / 1e9:.2f}", "GB", "derived"),) if step.disk else ()),
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
-        memory, settings,
+        memory, settings, step.disk,
     )  # fmt: skip

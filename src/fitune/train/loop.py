@@ -23,7 +23,7 @@ from fitune.data.prefixes import Prefixes
 from fitune.errors import FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
 from fitune.process_memory import give_back_free_memory, resident_bytes
-from fitune.step.optimizer import make_optimizer
+from fitune.step.optimizer import close, make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
 from fitune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -182,15 +182,29 @@ def run_loop(
     """Trains to the end of the run; returns how far it came.
 
     Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
-    Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs.
+    Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs;
+    DiskFullError where the disk has no room for a checkpoint, or for the optimizer's states.
     """
+    settings = config.train
+    optimizer = make_optimizer(
+        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend,
+        folder.path if settings.optimizer_states == "disk" else None,
+    )  # fmt: skip
+    try:
+        return _take_steps(config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say)
+    finally:
+        close(optimizer)
+
+
+def _take_steps(
+    config: RunConfig, model: FusedModel, optimizer: torch.optim.Optimizer, rows: Rows,
+    validation: Sequence[EncodedSample], folder: RunFolder, identity: Mapping[str, str], resume_from: Any,
+    watch: Watcher | None, say: Callable[[str], None],
+) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
     rate = settings.learning_rate or LEARNING_RATES[config.method]
     schedule = Schedule(settings.schedule, rate, steps, settings.warmup_share)
-    optimizer = make_optimizer(
-        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend
-    )
     progress = Progress()
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model, optimizer)

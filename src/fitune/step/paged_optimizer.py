@@ -1,0 +1,149 @@
+"""An optimizer whose states, and the gradients, lie in a mapped file: memory holds a slice of them at a time.
+
+AdamW changes every element by itself, so the ordinary optimizer, given a slice of a parameter, of its gradient and of
+its states as if they were a parameter, does what it would do to the whole, to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitune.quant.moments import MOMENT_BLOCK
+from fitune.step.fresh_states import Fresh
+from fitune.step.paged_file import PagedFile, in_memory_order, place_bytes
+from fitune.step.paged_gradients import SLICE, PagedGradients
+
+assert SLICE % MOMENT_BLOCK == 0
+
+# So many slices are being read from disk while one is computed.
+AHEAD = 2
+
+
+class PagedOptimizer(torch.optim.Optimizer):
+    """The learning rate is set by every step. Parameters and gradients are float32.
+
+    `state` has the names and shapes of the ordinary optimizer's, so checkpoints of either go into the other.
+
+    Args:
+        inner: the ordinary optimizer, over no parameter of its own.
+        fresh: a parameter's states before its first step.
+        folder: where the file is made, on a disk with `paged_bytes` free.
+
+    Attributes:
+        gradients: of the parameters; they are not in `.grad`.
+
+    Raises DiskFullError where the disk is too small.
+    """
+
+    def __init__(
+        self, inner: torch.optim.Optimizer, fresh: Fresh, parameters: Sequence[nn.Parameter], folder: Path
+    ) -> None:
+        super().__init__(parameters, dict(inner.defaults))
+        self._inner = inner
+        self._fresh = fresh
+        self._parameters = list(parameters)
+        self._file = PagedFile(folder, paged_bytes(fresh, self._parameters))
+        self.gradients = PagedGradients(self._parameters, self._file)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Changes every parameter that has a gradient."""
+        assert closure is None
+        (inner,) = self._inner.param_groups
+        inner["lr"] = self.param_groups[0]["lr"]
+        # The gradients that were made last come first: they are the likeliest to be in the page cache still.
+        slices = [
+            _Slice(parameter, start, min(start + SLICE, parameter.numel()))
+            for parameter in reversed(self._parameters) if self.gradients.has(parameter)
+            for start in range(0, parameter.numel(), SLICE)
+        ]  # fmt: skip
+        for number, one in enumerate(slices):
+            for ahead in slices[number + 1 if number else 0 : number + 1 + AHEAD]:
+                self._fetch(ahead)
+            self._step_slice(one, inner)
+        inner["params"] = []
+
+    def fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The states of a parameter: those it has, or those from before its first step, which are its own then."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state.update(self._fresh(parameter, self._file.zeros))
+        return state
+
+    def give_back(self, tensor: Tensor) -> None:
+        """The memory of a state, where it lies in the file."""
+        if self._file.holds(tensor):
+            self._file.give_back(tensor)
+
+    def close(self) -> None:
+        """Removes the file, and all states with it."""
+        self.gradients.close()
+        self.state.clear()
+        del self._file
+
+    def _step_slice(self, one: _Slice, inner: dict[str, Any]) -> None:
+        state = self.fresh_state(one.parameter)
+        piece = nn.Parameter(in_memory_order(one.parameter.detach())[one.start : one.stop])
+        piece.grad = self.gradients.read(one.parameter, one.start, one.stop)
+        parts = {name: one.part(name, value) for name, value in state.items()}
+        inner["params"] = [piece]
+        self._inner.state[piece] = parts
+        self._inner.step()
+        self._inner.state.clear()
+        self.gradients.give_back(one.parameter, one.start, one.stop)
+        for value in one.tensors(parts):
+            self._file.give_back(value)
+        if one.stop == one.parameter.numel():
+            state["step"] = parts["step"]
+
+    def _fetch(self, one: _Slice) -> None:
+        self.gradients.fetch(one.parameter, one.start, one.stop)
+        state = self.fresh_state(one.parameter)
+        for value in one.tensors({name: one.part(name, value) for name, value in state.items()}):
+            self._file.fetch(value)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Elements `start` to `stop` of a parameter, as they lie in memory."""
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+    def part(self, name: str, value: Any) -> Any:
+        """What belongs to the slice of a state with a value for each element, or for each block of them.
+
+        What counts the steps counts for every slice: a copy.
+        """
+        if name == "step":
+            return value.clone() if isinstance(value, Tensor) else value
+        flat = in_memory_order(value)
+        block = 1 if flat.numel() == self.parameter.numel() else MOMENT_BLOCK
+        return flat[self.start // block : -(-self.stop // block)]
+
+    @staticmethod
+    def tensors(parts: dict[str, Any]) -> list[Tensor]:
+        """Those that lie in the file."""
+        return [value for name, value in parts.items() if name != "step"]
+
+
+def paged_bytes(fresh: Fresh, parameters: Sequence[Tensor]) -> int:
+    """What a `PagedOptimizer` of such parameters needs on disk; they may lie on the meta device."""
+    total = 0
+
+    def count(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        nonlocal total
+        total += place_bytes(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for parameter in parameters:
+        count(tuple(parameter.shape), dtype=parameter.dtype)  # the gradient
+        fresh(parameter, count)
+    return total
