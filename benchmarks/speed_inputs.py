@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from fitune.models.shards import TensorPlan, plan_shards, write_shards
 from speed_cases import (
     ALPHA,
     LEARNING_RATE,
@@ -34,6 +33,7 @@ from fitune.config import load
 from fitune.data.dataset import load_training_data
 from fitune.models.find import find_model
 from fitune.models.graph import build_graph
+from fitune.models.shards import TensorPlan, plan_shards, write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHT_STD = 0.02

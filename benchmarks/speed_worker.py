@@ -72,7 +72,7 @@ class Fitune:
             _begin_with(self.model.adapted, adapter)
         self.optimizer = make_optimizer(
             config.train.optimizer, self.model.trainable, config.train.betas, config.train.weight_decay,
-            self.model.backend,
+            self.model.backend, run_file.parent if config.train.optimizer_states == "disk" else None,
         )  # fmt: skip
         self.report = {
             "computation": computation.reason,

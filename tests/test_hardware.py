@@ -150,7 +150,7 @@ def test_threads(affinity: int, quota: float | None, threads: int) -> None:
             {
                 "kubepods/pod1/box/memory.max": "4000000000\n",
                 "kubepods/pod1/box/memory.current": "3000000000\n",
-                "kubepods/pod1/box/memory.stat": "anon 1\ninactive_file 2500000000\nactive_file 3\n",
+                "kubepods/pod1/box/memory.stat": "anon 1\ninactive_file 2000000000\nactive_file 500000000\n",
             },
             4_000_000_000,
             3_500_000_000,
@@ -170,7 +170,7 @@ def test_threads(affinity: int, quota: float | None, threads: int) -> None:
             {
                 "memory/memory.limit_in_bytes": "1000000000\n",
                 "memory/memory.usage_in_bytes": "900000000\n",
-                "memory/memory.stat": "cache 1\ntotal_inactive_file 100000000\n",
+                "memory/memory.stat": "active_file 9\ntotal_active_file 40000000\ntotal_inactive_file 60000000\n",
             },
             1_000_000_000,
             200_000_000,

@@ -184,16 +184,18 @@ def memory_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[MemoryLimi
     """The container's memory limits, its own group's first; droppable file cache does not count as used."""
     limits: list[MemoryLimit] = []
     for folder in cgroup_folders(proc, cgroups, "memory"):
-        for limit_name, usage_name, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.high", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        for limit_name, usage_name, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.high", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             limit = _number(folder / limit_name)  # "max" is no number: no limit
             if limit is None or not 0 <= limit < _NO_LIMIT_BYTES:
                 continue
             counts = dict(line.split()[:2] for line in (_read(folder / "memory.stat") or "").splitlines())
-            used = (_number(folder / usage_name) or 0) - int(counts.get(cache, 0))
+            # The kernel counts both lists into MemAvailable, and a mapped file that is in use is on the active one.
+            cache = sum(int(counts.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
+            used = (_number(folder / usage_name) or 0) - cache
             limits.append(MemoryLimit(limit, max(0, used)))
     return limits
 

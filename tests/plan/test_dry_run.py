@@ -62,7 +62,8 @@ def test_states_and_gradients_on_disk_take_no_memory(optimizer: str) -> None:
     trained = read_anatomy(run_of("full"), config, torch.float32).trained_bytes
     assert (held.disk, paged.optimizer, paged.saved) == (0, 0, held.saved)
     assert paged.disk == pytest.approx(trained + held.optimizer, rel=0.01)
-    assert held.peak - paged.peak > held.optimizer + 0.4 * trained  # one layer's gradients are there at a time
+    assert held.peak > held.optimizer + trained
+    assert paged.peak < paged.saved + 0.4 * trained  # one layer's gradients are there at a time
 
 
 def test_accumulated_gradients_are_in_the_peak() -> None:

@@ -34,6 +34,7 @@ class FusedModel:
         backend: which kernels run.
         report: what was replaced, what was left and why.
         logit_form: what the model makes of its head's products.
+        recompute: whether layers are computed again in the backward pass.
     """
 
     graph: PreTrainedModel
@@ -42,6 +43,7 @@ class FusedModel:
     backend: str
     report: FusionReport
     logit_form: LogitForm = PLAIN_LOGITS
+    recompute: bool = False
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -51,6 +53,7 @@ class FusedModel:
     def recompute_layers(self) -> None:
         """Has every layer computed again in the backward pass. Raises InputError for a model that cannot."""
         recompute_layers(self.graph)
+        self.recompute = True
         for module in self.graph.modules():
             forward = vars(module).get("forward")
             if isinstance(forward, FusedLayer):
@@ -79,7 +82,10 @@ class FusedModel:
             inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
         by_documents = documents_given() if "documents" in inputs else nullcontext()
-        with torch.autocast("cpu", dtype=self.dtype, enabled=wide), by_documents:
+        # Autocast's cache holds a narrow copy of every weight to the end of the pass: half of the masters' memory. A
+        # layer that keeps nothing but its input has no use for it; others keep the copies for their gradients anyway.
+        narrow = torch.autocast("cpu", dtype=self.dtype, enabled=wide, cache_enabled=not self.recompute)
+        with narrow, by_documents:
             if "head" in self.report.replaced:
                 hidden = self.graph.get_decoder()(**inputs).last_hidden_state
             else:
