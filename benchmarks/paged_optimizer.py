@@ -4,8 +4,8 @@
                                          [--json] [--rounds N] [--threads N] [--folder DIR] [--output FILE.json]
 
 The 1.1B Llama shape with random weights on the project's own documentation, one row of 512 tokens a step, layers
-recomputed. Each side is a fresh process, the disk side within a hard memory limit where one is given (a control group:
-for root only). Peak is what the process held at most (VmHWM); time is the median of the steps after the first.
+recomputed. Each side is a fresh process, the disk side within a hard memory limit where one is given (a control
+group: for root only). Peak is what the process held at most (VmHWM); time is the median of the steps after the first.
 """
 
 from __future__ import annotations

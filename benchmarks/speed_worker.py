@@ -107,7 +107,7 @@ class Fitune:
         begun = time.perf_counter()
         result = update(self.model, self._batches(number), self.optimizer, rate, self.settings.max_grad_norm)
         self.taken += 1
-        if self.taken % TRIM_EVERY_STEPS == 0:
+        if self.taken % TRIM_EVERY_STEPS == 0 or self.settings.optimizer_states == "disk":
             give_back_free_memory()
         return result.loss, time.perf_counter() - begun
 

@@ -52,13 +52,6 @@ def test_with_a_private_map_they_would_be_lost(tmp_path: Path, monkeypatch: pyte
     assert not first.any()
 
 
-def test_fetching_changes_nothing(tmp_path: Path) -> None:
-    file, first, _ = filled(tmp_path)
-    file.give_back(first)
-    file.fetch(first[100:2000])
-    assert torch.equal(first, torch.arange(COUNT).float())
-
-
 def test_other_memory_is_not_given_back(tmp_path: Path) -> None:
     file, first, _ = filled(tmp_path)
     for foreign in (torch.ones(4096), filled(tmp_path)[1]):

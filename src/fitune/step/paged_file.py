@@ -76,13 +76,6 @@ class PagedFile:
             start -= start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
-    def fetch(self, tensor: Tensor) -> None:
-        """Has the system begin to read a tensor of this file from disk, where it is not in memory."""
-        start, end = self._range(tensor)
-        if hasattr(mmap, "MADV_WILLNEED") and end > start:
-            start -= start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
-
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this file."""
         return 0 <= tensor.data_ptr() - self._start < self._size

@@ -69,10 +69,6 @@ class PagedGradients:
         """The memory of what `read` gave."""
         self._file.give_back(self._places[self._index[parameter]][start:stop])
 
-    def fetch(self, parameter: nn.Parameter, start: int, stop: int) -> None:
-        """Has them read from disk soon."""
-        self._file.fetch(self._places[self._index[parameter]][start:stop])
-
     def close(self) -> None:
         """Leaves the parameters alone from now on."""
         for hook in self._hooks:

@@ -7,7 +7,6 @@ its states as if they were a parameter, does what it would do to the whole, to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from fitune.step.paged_file import PagedFile, in_memory_order, place_bytes
 from fitune.step.paged_gradients import SLICE, PagedGradients
 
 assert SLICE % MOMENT_BLOCK == 0
-
-# So many slices are being read from disk while one is computed.
-AHEAD = 2
 
 
 class PagedOptimizer(torch.optim.Optimizer):
@@ -57,16 +53,11 @@ class PagedOptimizer(torch.optim.Optimizer):
         assert closure is None
         (inner,) = self._inner.param_groups
         inner["lr"] = self.param_groups[0]["lr"]
-        # The gradients that were made last come first: they are the likeliest to be in the page cache still.
-        slices = [
-            _Slice(parameter, start, min(start + SLICE, parameter.numel()))
-            for parameter in reversed(self._parameters) if self.gradients.has(parameter)
-            for start in range(0, parameter.numel(), SLICE)
-        ]  # fmt: skip
-        for number, one in enumerate(slices):
-            for ahead in slices[number + 1 if number else 0 : number + 1 + AHEAD]:
-                self._fetch(ahead)
-            self._step_slice(one, inner)
+        # In this order: the backward pass made the first ones' gradients last, so they are still in the page cache.
+        for parameter in self._parameters:
+            if self.gradients.has(parameter):
+                for start in range(0, parameter.numel(), SLICE):
+                    self._step_slice(parameter, start, min(start + SLICE, parameter.numel()), inner)
         inner["params"] = []
 
     def fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:
@@ -87,51 +78,35 @@ class PagedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         del self._file
 
-    def _step_slice(self, one: _Slice, inner: dict[str, Any]) -> None:
-        state = self.fresh_state(one.parameter)
-        piece = nn.Parameter(in_memory_order(one.parameter.detach())[one.start : one.stop])
-        piece.grad = self.gradients.read(one.parameter, one.start, one.stop)
-        parts = {name: one.part(name, value) for name, value in state.items()}
+    def _step_slice(self, parameter: nn.Parameter, start: int, stop: int, inner: dict[str, Any]) -> None:
+        """Elements `start` to `stop` of a parameter, as they lie in memory."""
+        state = self.fresh_state(parameter)
+        piece = nn.Parameter(in_memory_order(parameter.detach())[start:stop])
+        piece.grad = self.gradients.read(parameter, start, stop)
+        parts = {name: _part(name, value, start, stop, parameter.numel()) for name, value in state.items()}
         inner["params"] = [piece]
         self._inner.state[piece] = parts
         self._inner.step()
         self._inner.state.clear()
-        self.gradients.give_back(one.parameter, one.start, one.stop)
-        for value in one.tensors(parts):
-            self._file.give_back(value)
-        if one.stop == one.parameter.numel():
+        self.gradients.give_back(parameter, start, stop)
+        for name, value in parts.items():
+            if name != "step":
+                self._file.give_back(value)
+        if stop == parameter.numel():
             state["step"] = parts["step"]
 
-    def _fetch(self, one: _Slice) -> None:
-        self.gradients.fetch(one.parameter, one.start, one.stop)
-        state = self.fresh_state(one.parameter)
-        for value in one.tensors({name: one.part(name, value) for name, value in state.items()}):
-            self._file.fetch(value)
 
+def _part(name: str, value: Any, start: int, stop: int, count: int) -> Any:
+    """What belongs to elements `start` to `stop` of a parameter's `count`.
 
-@dataclass(frozen=True)
-class _Slice:
-    """Elements `start` to `stop` of a parameter, as they lie in memory."""
-
-    parameter: nn.Parameter
-    start: int
-    stop: int
-
-    def part(self, name: str, value: Any) -> Any:
-        """What belongs to the slice of a state with a value for each element, or for each block of them.
-
-        What counts the steps counts for every slice: a copy.
-        """
-        if name == "step":
-            return value.clone() if isinstance(value, Tensor) else value
-        flat = in_memory_order(value)
-        block = 1 if flat.numel() == self.parameter.numel() else MOMENT_BLOCK
-        return flat[self.start // block : -(-self.stop // block)]
-
-    @staticmethod
-    def tensors(parts: dict[str, Any]) -> list[Tensor]:
-        """Those that lie in the file."""
-        return [value for name, value in parts.items() if name != "step"]
+    A state has a value for each element, or for each block of them; what counts the steps counts for every slice: a
+    copy.
+    """
+    if name == "step":
+        return value.clone() if isinstance(value, Tensor) else value
+    flat = in_memory_order(value)
+    block = 1 if flat.numel() == count else MOMENT_BLOCK
+    return flat[start // block : -(-stop // block)]
 
 
 def paged_bytes(fresh: Fresh, parameters: Sequence[Tensor]) -> int:

@@ -258,7 +258,9 @@ def _take_steps(
                     round(progress.seconds, 3),
                 )
             )
-            if progress.step % TRIM_EVERY_STEPS == 0:
+            if (
+                progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk"
+            ):  # slow steps, little memory
                 give_back_free_memory()
             last = progress.step == steps
             if validation and (last or _due(progress.step, settings.validate_every_steps)):
