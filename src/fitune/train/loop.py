@@ -258,9 +258,8 @@ def _take_steps(
                     round(progress.seconds, 3),
                 )
             )
-            if (
-                progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk"
-            ):  # slow steps, little memory
+            # With states on disk steps are slow and memory is short: every time.
+            if progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk":
                 give_back_free_memory()
             last = progress.step == steps
             if validation and (last or _due(progress.step, settings.validate_every_steps)):
