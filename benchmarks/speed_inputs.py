@@ -31,9 +31,9 @@ from transformers import AutoConfig
 from fitune.atomic import new_folder
 from fitune.config import load
 from fitune.data.dataset import load_training_data
-from fitune.export.shards import TensorPlan, plan_shards, write_shards
 from fitune.models.find import find_model
 from fitune.models.graph import build_graph
+from fitune.models.shards import TensorPlan, plan_shards, write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHT_STD = 0.02

@@ -72,7 +72,7 @@ class Fitune:
             _begin_with(self.model.adapted, adapter)
         self.optimizer = make_optimizer(
             config.train.optimizer, self.model.trainable, config.train.betas, config.train.weight_decay,
-            self.model.backend,
+            self.model.backend, run_file.parent if config.train.optimizer_states == "disk" else None,
         )  # fmt: skip
         self.report = {
             "computation": computation.reason,
@@ -107,7 +107,7 @@ class Fitune:
         begun = time.perf_counter()
         result = update(self.model, self._batches(number), self.optimizer, rate, self.settings.max_grad_norm)
         self.taken += 1
-        if self.taken % TRIM_EVERY_STEPS == 0:
+        if self.taken % TRIM_EVERY_STEPS == 0 or self.settings.optimizer_states == "disk":
             give_back_free_memory()
         return result.loss, time.perf_counter() - begun
 

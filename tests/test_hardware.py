@@ -150,7 +150,7 @@ def test_threads(affinity: int, quota: float | None, threads: int) -> None:
             {
                 "kubepods/pod1/box/memory.max": "4000000000\n",
                 "kubepods/pod1/box/memory.current": "3000000000\n",
-                "kubepods/pod1/box/memory.stat": "anon 1\ninactive_file 2500000000\nactive_file 3\n",
+                "kubepods/pod1/box/memory.stat": "anon 1\ninactive_file 2000000000\nactive_file 500000000\n",
             },
             4_000_000_000,
             3_500_000_000,
@@ -170,7 +170,7 @@ def test_threads(affinity: int, quota: float | None, threads: int) -> None:
             {
                 "memory/memory.limit_in_bytes": "1000000000\n",
                 "memory/memory.usage_in_bytes": "900000000\n",
-                "memory/memory.stat": "cache 1\ntotal_inactive_file 100000000\n",
+                "memory/memory.stat": "active_file 9\ntotal_active_file 40000000\ntotal_inactive_file 60000000\n",
             },
             1_000_000_000,
             200_000_000,
@@ -231,3 +231,23 @@ def test_accelerators_are_those_of_torch() -> None:
     for index, gpu in enumerate(found):
         assert gpu.device == f"cuda:{index}"
         assert gpu.memory_bytes > 0
+
+
+def test_file_systems_that_lie_in_memory(tmp_path: Path) -> None:
+    """Lines of /proc/self/mountinfo: the longest mount point above a path counts, the last of equal ones."""
+    here = tmp_path / "with space" / "runs"
+    here.mkdir(parents=True)
+    escaped = str(tmp_path / "with space").replace(" ", "\\040")
+    lines = ["22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw"]
+    (tmp_path / "self").mkdir()
+
+    def found(path: Path, *more: str) -> bool:
+        (tmp_path / "self" / "mountinfo").write_text("\n".join([*lines, *more]) + "\n")
+        return hardware.lies_in_memory(path, tmp_path)
+
+    assert not found(here)
+    memory = f"40 22 0:41 / {escaped} rw - tmpfs tmpfs rw,size=1g"
+    assert found(here / "not-made-yet", memory)
+    assert not found(tmp_path, memory)
+    assert not found(here, memory, f"41 40 8:1 / {escaped} rw shared:2 master:1 - xfs /dev/sda rw")
+    assert not hardware.lies_in_memory(here, tmp_path / "nothing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,23 @@ def disk_free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def lies_in_memory(path: Path, proc: Path = PROC) -> bool:
+    """Whether the file system of `path` is one that keeps its files in memory (tmpfs, ramfs)."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    found: tuple[int, str] = (-1, "")
+    for line in (_read(proc / "self" / "mountinfo") or "").splitlines():
+        # man 5 proc_pid_mountinfo: the mount point is the fifth field, the type comes after a lone dash.
+        before, _, after = line.partition(" - ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4]))
+        if path.resolve().is_relative_to(point):
+            found = max(
+                (len(point.parts), after.split()[0]), found, key=lambda one: one[0]
+            )  # of equal ones the later
+    return found[1] in ("tmpfs", "ramfs")
 
 
 def _read(path: Path) -> str | None:
@@ -166,16 +184,18 @@ def memory_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> list[MemoryLimi
     """The container's memory limits, its own group's first; droppable file cache does not count as used."""
     limits: list[MemoryLimit] = []
     for folder in cgroup_folders(proc, cgroups, "memory"):
-        for limit_name, usage_name, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.high", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        for limit_name, usage_name, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.high", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             limit = _number(folder / limit_name)  # "max" is no number: no limit
             if limit is None or not 0 <= limit < _NO_LIMIT_BYTES:
                 continue
             counts = dict(line.split()[:2] for line in (_read(folder / "memory.stat") or "").splitlines())
-            used = (_number(folder / usage_name) or 0) - int(counts.get(cache, 0))
+            # The kernel counts both lists into MemAvailable, and a mapped file that is in use is on the active one.
+            cache = sum(int(counts.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
+            used = (_number(folder / usage_name) or 0) - cache
             limits.append(MemoryLimit(limit, max(0, used)))
     return limits
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from fitune.errors import DiskFullError, FituneError, InputError
-from fitune.export import shards
 from fitune.export.merging import merge_adapter
 from fitune.export.verify import compare_with_adapter
+from fitune.models import shards
 from fitune.models.bundled import open_bundled
 from fitune.models.folder import FolderSource
 
@@ -318,21 +318,6 @@ def test_too_little_room_is_said_before_anything_is_written(base: Path, adapter:
     with pytest.raises(DiskFullError, match="GB are free"):
         merge_adapter(FolderSource(base), adapter, tmp_path / "out")
     assert_nothing_left(tmp_path, "adapter", "base")
-
-
-def test_streamed_shards_hold_what_safetensors_reads(tmp_path: Path) -> None:
-    tensors = {
-        "a": torch.randn(3, 5).bfloat16(),
-        "b": torch.randn(7),
-        "scalar": torch.tensor(2.5),
-        "c": torch.randn(2, 2).half(),
-    }
-    plans = [shards.TensorPlan(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
-    [path] = shards.write_shards(tmp_path, [plans], tensors.__getitem__)
-    found = load_file(path)
-    assert set(found) == set(tensors)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert [len(part) for part in shards.plan_shards(plans, 1)] == [1, 1, 1, 1]
 
 
 @pytest.mark.slow

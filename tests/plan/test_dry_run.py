@@ -52,6 +52,20 @@ def test_eight_bit_states_take_a_quarter() -> None:
     assert 0.25 < narrow / wide < 0.35
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_states_and_gradients_on_disk_take_no_memory(optimizer: str) -> None:
+    config = config_of("llama", num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+    held, paged = (
+        memory_of(run_of("full", optimizer=optimizer, optimizer_states=where), config, torch.float32)
+        for where in ("memory", "disk")
+    )
+    trained = read_anatomy(run_of("full"), config, torch.float32).trained_bytes
+    assert (held.disk, paged.optimizer, paged.saved) == (0, 0, held.saved)
+    assert paged.disk == pytest.approx(trained + held.optimizer, rel=0.01)
+    assert held.peak > held.optimizer + trained
+    assert paged.peak < paged.saved + 0.4 * trained  # one layer's gradients are there at a time
+
+
 def test_accumulated_gradients_are_in_the_peak() -> None:
     config = config_of("llama", num_hidden_layers=2)
     once, twice = (memory_of(run_of("full", accumulation=count), config, torch.float32) for count in (1, 2))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fitune.kernels import contract, native
 from fitune.quant.moments import MAPS, UNSIGNED_MAP
 from fitune.quant.nf4 import DYNAMIC_MAP
-from fitune.step.adamw8bit import LEAST_8BIT_SIZE, AdamW8bit
+from fitune.step.adamw8bit import AdamW8bit
+from fitune.step.fresh_states import LEAST_8BIT_SIZE
 
 needs_native = pytest.mark.skipif(not native.status().available, reason=native.status().reason)
 SIZES = (4096, 4097, 10_000, 70_001)

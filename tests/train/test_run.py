@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from fitune.config import load
 from fitune.config.schema import RunConfig
-from fitune.errors import InputError, Interrupted, MemoryShortError
+from fitune.errors import DiskFullError, InputError, Interrupted, MemoryShortError
 from fitune.train import memory_watch
 from fitune.train.checkpoint import list_checkpoints, newest_whole
 from fitune.train.loop import StepRecord
@@ -138,6 +139,8 @@ def test_a_run_that_memory_runs_short_for_saves_and_goes_on(
         ["train.optimizer=adamw8bit", "lora.rank=64"],
         ["method=lora"],
         ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"],
+        ["method=full", "train.optimizer_states=disk", "train.recompute=layers", "train.learning_rate=0.001"],
+        ["method=full", "train.optimizer_states=disk", "train.optimizer=adamw8bit", "train.learning_rate=0.001"],
         ["train.compute=int8", "train.recompute=layers"],
     ],
 )
@@ -148,6 +151,41 @@ def test_what_else_has_a_state_goes_on_too(place: Path, overrides: list[str]) ->
     with pytest.raises(Interrupted):
         run(config, place / f"{name}-stopped", watch=stop_after(3))
     assert run(config, place / f"{name}-stopped", resume=True).digest == whole.digest
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_where_the_states_lie_changes_nothing(place: Path, optimizer: str) -> None:
+    """Begun in memory, gone on with on disk, ended in memory: one run, and no file left behind."""
+    config, disk = (
+        config_of(
+            place, "method=full", "train.learning_rate=0.001", f"train.optimizer={optimizer}",
+            f"train.optimizer_states={where}",
+        )
+        for where in ("memory", "disk")
+    )  # fmt: skip
+    whole = run(config, place / f"{optimizer}-in-memory")
+    other = run(disk, place / f"{optimizer}-on-disk")
+    assert (other.digest, other.losses) == (whole.digest, whole.losses)
+    tensors = Path("checkpoints", "step-000006", "tensors.safetensors")
+    assert (other.folder.path / tensors).read_bytes() == (whole.folder.path / tensors).read_bytes()
+    folder = place / f"{optimizer}-moved"
+    with pytest.raises(Interrupted):
+        run(config, folder, watch=stop_after(2))
+    with pytest.raises(Interrupted):
+        run(disk, folder, resume=True, watch=stop_after(4))
+    assert run(config, folder, resume=True).digest == whole.digest
+    assert {path.name for path in other.folder.path.iterdir()} == {path.name for path in whole.folder.path.iterdir()}
+
+
+def test_a_disk_too_small_for_the_states_is_told_before_the_model_is_built(place: Path) -> None:
+    prepared = prepare_run(config_of(place, "method=full", "train.optimizer_states=disk"))
+    plan = plan_run(prepared, with_time=False)
+    trained = next(item.value for item in plan.memory if item.name == "trained weights")
+    assert plan.disk_bytes == pytest.approx(3 * trained, rel=0.01)
+    folder = RunFolder(place / "small-disk")
+    with pytest.raises(DiskFullError, match=r"small-disk: .* disk needs 1152921504\.61 GB there"):
+        train_run(prepared, replace(plan, disk_bytes=1 << 60), folder)
+    assert not list_checkpoints(folder.checkpoints)
 
 
 def flip_a_bit(path: Path, place: int) -> None:

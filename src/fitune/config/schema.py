@@ -205,6 +205,11 @@ class TrainSettings(Section):
         default="adamw",
         description="adamw8bit keeps the optimizer's states in 8 bits: a quarter of the memory",
     )
+    optimizer_states: Literal["memory", "disk"] = Field(
+        default="memory",
+        description="Where the optimizer's states and the gradients lie; disk: in a file in the run's folder, "
+        "read and written slice by slice in every step: slower, and the same result",
+    )
     recompute: Literal["none", "layers"] = Field(
         default="none",
         description="layers computes each layer again in the backward pass: less memory, a third more time",

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fitune.export.adapter_delta import LoraPair
-from fitune.export.shards import TensorPlan
 from fitune.models.conversion import GraphTensors, Group
+from fitune.models.shards import TensorPlan
 from fitune.models.source import ModelSource
 from fitune.models.written_form import written_form
 

@@ -11,11 +11,11 @@ from fitune.atomic import new_folder
 from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.export.adapter_delta import read_adapter
 from fitune.export.merged_tensors import MergedTensors
-from fitune.export.shards import plan_shards, write_shards
 from fitune.export.verify import Comparison, compare_with_adapter
 from fitune.models.conversion import GraphTensors
 from fitune.models.folder import TOKENIZER_FILES
 from fitune.models.graph import build_graph
+from fitune.models.shards import plan_shards, write_shards
 from fitune.models.source import ModelSource
 
 # Tokenizer and configuration files beside the weights, with room to spare.

@@ -36,6 +36,7 @@ class FusedModel:
         report: what was replaced, what was left and why.
         logit_form: what the model makes of its head's products.
         stream: brings the frozen weights of layers that do not stay in memory; None: all of them stay.
+        recompute: whether layers are computed again in the backward pass.
     """
 
     graph: PreTrainedModel
@@ -45,6 +46,7 @@ class FusedModel:
     report: FusionReport
     logit_form: LogitForm = PLAIN_LOGITS
     stream: LayerStream | None = None
+    recompute: bool = False
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -54,6 +56,7 @@ class FusedModel:
     def recompute_layers(self) -> None:
         """Has every layer computed again in the backward pass. Raises InputError for a model that cannot."""
         recompute_layers(self.graph)
+        self.recompute = True
         for module in self.graph.modules():
             forward = vars(module).get("forward")
             if isinstance(forward, FusedLayer):
@@ -82,7 +85,10 @@ class FusedModel:
             inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
         by_documents = documents_given() if "documents" in inputs else nullcontext()
-        with torch.autocast("cpu", dtype=self.dtype, enabled=wide, cache_enabled=False), by_documents:
+        # Autocast's cache holds a narrow copy of every weight to the end of the pass: half of the masters' memory. A
+        # layer that keeps nothing but its input has no use for it; others keep the copies for their gradients anyway.
+        narrow = torch.autocast("cpu", dtype=self.dtype, enabled=wide, cache_enabled=not self.recompute)
+        with narrow, by_documents:
             if "head" in self.report.replaced:
                 hidden = self.graph.get_decoder()(**inputs).last_hidden_state
             else:

@@ -51,7 +51,8 @@ def build_dense(source: ModelSource, dtype: torch.dtype, trainable: bool) -> Pre
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
             _set(model, name, value.clone() if trainable else value, dtype, trainable)
-    source.release()  # what was copied needs its file no more
+        if trainable:  # all are copies
+            source.release()
     return _finish(model, source)
 
 

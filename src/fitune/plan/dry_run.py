@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -32,8 +33,13 @@ from fitune.plan.layer_watch import LayerWatch, even_out, layer_modules
 from fitune.plan.live_bytes import LiveBytes, Stretch
 from fitune.plan.parts import Parts, settle_parts, use_parts
 from fitune.plan.small_model import small_model
+from fitune.step.fresh_states import FRESH
 from fitune.step.optimizer import make_optimizer
+from fitune.step.paged_gradients import SLICE
+from fitune.step.paged_optimizer import paged_bytes
 
+# Of a gradient, a scaled one, two moments.
+UPDATE_SLICES = 4
 PROBE_STEPS = 3
 PROBE_SECONDS = 10.0
 PROBE_LAYERS = 5  # so many at least, that what one layer costs stands out from the noise
@@ -62,11 +68,12 @@ class StepMemory:
     """Bytes of one optimizer step, without the model's own weights.
 
     Attributes:
-        optimizer: states that stay between steps.
+        optimizer: states that stay in memory between steps.
         saved: kept from the forward for the backward pass.
         peak: the most at one time, optimizer states included.
         peak_operator: what ran then.
         parts: the fused parts it was measured with.
+        disk: optimizer states and gradients that lie in a file.
     """
 
     optimizer: int
@@ -74,6 +81,7 @@ class StepMemory:
     peak: int
     peak_operator: str
     parts: Parts
+    disk: int = 0
 
 
 def _loss(model: FusedModel, shape: Shape) -> torch.Tensor:
@@ -121,10 +129,13 @@ def _dry_run(
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     _make_parameters_fake(model.graph, mode)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
+    paged = run.train.optimizer_states == "disk"
+    if paged:
+        _drop_gradients(model)
     watch = LayerWatch(layer_modules(model.graph, layers), live.stretch)
     with mode, EvenRouting(anatomy.expert_counts), live, device or nullcontext():
         parts = settle_parts(model, plain_attention, lambda: watch.run(lambda: _loss(model, shape)))
-        _update(optimizer)
+        _update(optimizer)  # where there are no gradients it makes no states
         states = live.current + _missing_states_bytes(optimizer, anatomy)
         if device is not None and device.sharded:
             _drop_gradients(model.trainable)
@@ -140,7 +151,29 @@ def _dry_run(
         _update(optimizer)
         stretches.append(live.stretch())
     peak, operator = _highest(states, stretches)
+    if paged:
+        # A slice of a gradient on its way to the file; and, when nothing else is there, slices of all of the update.
+        slice_bytes = 4 * min(SLICE, max(prod(shape) for shape in anatomy.trained))
+        peak = max(peak + slice_bytes, UPDATE_SLICES * slice_bytes)
+        return StepMemory(states, saved[0], peak, operator, parts, _on_disk_bytes(run, anatomy))
     return StepMemory(states, saved[0], peak, operator, parts)
+
+
+def _drop_gradients(model: FusedModel) -> None:
+    """As paged ones: gone from memory as soon as they are there."""
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.trainable:
+        parameter.register_post_accumulate_grad_hook(drop)
+
+
+def _on_disk_bytes(run: RunConfig, anatomy: Anatomy) -> int:
+    return sum(
+        count * paged_bytes(FRESH[run.train.optimizer], [torch.empty(shape, dtype=torch.float32, device="meta")])
+        for shape, count in anatomy.trained.items()
+    )
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:
@@ -211,7 +244,7 @@ def step_seconds(
 ) -> float:  # fmt: skip
     """The time of a step of the whole model on this machine: the median of a few steps after one to warm up.
 
-    `parts` are those that the dry run found.
+    `parts` are those that the dry run found. Optimizer states on disk are taken to cost what they cost in memory.
 
     Where steps are long, fewer are taken; one that is longer than PROBE_SECONDS counts by itself.
     """

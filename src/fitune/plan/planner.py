@@ -56,6 +56,7 @@ class Plan:
         settings: everything resolved that is not memory.
         choices: settings that were chosen to stay within the budget.
         budget_bytes: what the run may take; None: what is available.
+        disk_bytes: room that the run takes in its folder while it trains, for `train.optimizer_states: disk`.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Plan:
     settings: tuple[Item, ...]
     choices: tuple[Choice, ...] = ()
     budget_bytes: int | None = None
+    disk_bytes: int = 0
 
     @property
     def limit_bytes(self) -> int:
@@ -131,7 +133,7 @@ def _origin(name: str, given: Collection[str]) -> str:
 def parts_at_peak(step: StepMemory, trained_bytes: int) -> tuple[int, int, int]:
     """Gradients, saved activations and workspaces at the peak, where not all of each need be alive."""
     saved = min(step.saved, step.peak - step.optimizer)
-    gradients = min(trained_bytes, step.peak - step.optimizer - saved)
+    gradients = 0 if step.disk else min(trained_bytes, step.peak - step.optimizer - saved)
     return gradients, saved, step.peak - step.optimizer - saved - gradients
 
 
@@ -206,10 +208,11 @@ def make_plan(
         *_streaming(run, anatomy, choices),
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),
+        *((Item("on disk while training", step.disk, "bytes", "derived"),) if step.disk else ()),
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
-        memory, settings, choices, budget_bytes,
+        memory, settings, choices, budget_bytes, step.disk,
     )  # fmt: skip
 
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fitune.kernels import contract
-from fitune.quant.moments import MAPS, MOMENT_BLOCK
-
-# Smaller tensors keep float32 moments, as bitsandbytes does: they cost nothing, and norms and biases are sensitive.
-LEAST_8BIT_SIZE = 4096
+from fitune.quant.moments import MAPS
+from fitune.step.fresh_states import fresh_adamw8bit, in_memory
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -40,7 +38,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state.update(_fresh(parameter))
+                    state.update(fresh_adamw8bit(parameter, in_memory(parameter.device)))
                 state["step"] += 1
                 self._update(parameter, state, group)
 
@@ -70,13 +68,3 @@ class AdamW8bit(torch.optim.Optimizer):
             for name in ("codes1", "codes2"):
                 if name in state:
                     state[name] = state[name].to(torch.uint8)
-
-
-def _fresh(parameter: nn.Parameter) -> dict[str, Any]:
-    count = parameter.numel()
-    if count < LEAST_8BIT_SIZE:
-        return {"step": 0, "moment1": torch.zeros_like(parameter), "moment2": torch.zeros_like(parameter)}
-    blocks = -(-count // MOMENT_BLOCK)
-    codes = {name: torch.zeros(count, dtype=torch.uint8, device=parameter.device) for name in ("codes1", "codes2")}
-    peaks = {name: torch.zeros(blocks, device=parameter.device) for name in ("absmax1", "absmax2")}
-    return {"step": 0, **codes, **peaks}

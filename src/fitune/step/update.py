@@ -13,6 +13,7 @@ from fitune.data.batch import Batch
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import a_step
+from fitune.step.gradients import gradients_of
 from fitune.step.objective import supervised
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -61,6 +62,7 @@ def _update(
     total_weight = float(sum(batch.weights.sum() for batch in batches))
     if total_weight == 0:
         raise FituneError("a step without a single trained token")
+    gradients = gradients_of(optimizer)
     loss = 0.0
     for batch in batches:
         if not batch.trained_tokens:
@@ -69,19 +71,16 @@ def _update(
         part = objective(logprobs, weights) / total_weight
         part.backward()
         loss += float(part.detach())
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    norm = gradients.norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.zero_grad(set_to_none=True)
+        gradients.clear()
         raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
     if max_grad_norm and norm > max_grad_norm:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(max_grad_norm / norm)
+        gradients.scale(max_grad_norm / norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    gradients.clear()
     return StepResult(
         loss,
         norm,

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fitune.atomic import new_folder
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
+from fitune.models.checkpoint_files import SafetensorsFiles
+from fitune.models.shards import TensorPlan, write_file
+from fitune.step.optimizer import give_back, states_of
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -42,17 +44,19 @@ def save_checkpoint(
     path = folder / f"step-{progress.step:06d}"
     for left in folder.glob(".step-*"):  # of a process that was killed; the run folder is ours alone
         shutil.rmtree(left)
-    tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(model.trainable)}
+    tensors = {f"parameter.{index}": parameter for index, parameter in enumerate(model.trainable)}
     scalars: dict[str, Any] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in _flat(state):
+    for index, parameter in enumerate(model.trainable):
+        for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
+                tensors[f"optimizer.{index}.{name}"] = value
             else:
                 scalars[f"{index}.{name}"] = value
     tensors["random"] = torch.get_rng_state()
+    plans = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     with new_folder(path, replace=True) as beside:  # a damaged one of this step may lie there
-        save_file(_apart(tensors), beside / TENSORS)
+        for written in write_file(beside / TENSORS, plans, tensors.__getitem__):
+            give_back(optimizer, tensors[written.name])
         state = {
             "step": progress.step, "tokens": progress.tokens, "trained_tokens": progress.trained_tokens,
             "seconds": progress.seconds, "identity": dict(identity), "scalars": scalars,
@@ -95,55 +99,39 @@ def read_identity(path: Path) -> dict[str, str]:
 
 
 def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimizer) -> Progress:
-    """Puts weights, optimizer and random state back as they were."""
-    tensors = load_file(path / TENSORS)
+    """Puts weights, optimizer and random state back as they were, one tensor at a time."""
+    problems: list[str] = []
+    file = SafetensorsFiles([path / TENSORS], problems)
+    if problems:
+        raise FituneError(f"{path}: {problems[0]}")
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     parameters = model.trainable
-    if sum(name.startswith("parameter.") for name in tensors) != len(parameters):
+    if sum(name.startswith("parameter.") for name in file.names()) != len(parameters):
         raise FituneError(f"{path} holds another number of parameters than this model trains")
-    with torch.no_grad():
-        for index, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"parameter.{index}"])
-    states: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, place, key = name.split(".", 2)
-            _put(states.setdefault(int(place), {}), key, value)
+    for name in file.names():
+        kind, _, rest = name.partition(".")
+        place, _, key = rest.partition(".")
+        if kind == "parameter":
+            _put(file, name, parameters[int(place)].detach())
+        elif kind == "optimizer":
+            target = states_of(optimizer, parameters[int(place)])[key]
+            _put(file, name, target)
+            give_back(optimizer, target)
     for name, scalar in state["scalars"].items():
-        place, key = name.split(".", 1)
-        _put(states.setdefault(int(place), {}), key, scalar)
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random"])
+        place, _, key = name.partition(".")
+        states_of(optimizer, parameters[int(place)])[key] = scalar
+    torch.set_rng_state(file.read("random").clone())
     return Progress(state["step"], state["tokens"], state["trained_tokens"], state["seconds"])
 
 
-def _flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values of a parameter's state; bitsandbytes' optimizers keep part of it in an inner dictionary."""
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", inner_value) for inner, inner_value in value.items())
-        else:
-            yield name, value
-
-
-def _put(state: dict[str, Any], name: str, value: Any) -> None:
-    """The inverse, for one value."""
-    outer, slash, inner = name.rpartition("/")
-    if slash:
-        state.setdefault(outer, {})[inner] = value
-    else:
-        state[name] = value
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with a copy of every tensor whose memory another one has (8-bit optimizers share their tables)."""
-    seen: set[int] = set()
-    result = {}
-    for name, value in tensors.items():
-        place = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if place in seen else value
-        seen.add(place)
-    return result
+def _put(file: SafetensorsFiles, name: str, target: Tensor) -> None:
+    if file.shape(name) != tuple(target.shape) or file.dtype(name) != target.dtype:
+        raise FituneError(
+            f"checkpoint tensor {name} is {file.shape(name)} {file.dtype(name)}, this run's is "
+            f"{tuple(target.shape)} {target.dtype}"
+        )
+    target.copy_(file.read(name))
+    file.release()
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:

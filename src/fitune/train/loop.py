@@ -24,7 +24,7 @@ from fitune.errors import FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import rooms
 from fitune.process_memory import give_back_free_memory, resident_bytes
-from fitune.step.optimizer import make_optimizer
+from fitune.step.optimizer import close, make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
 from fitune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -188,15 +188,29 @@ def run_loop(
     """Trains to the end of the run; returns how far it came. `budget_bytes`: what the process should stay within.
 
     Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
-    Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs.
+    Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs;
+    DiskFullError where the disk has no room for a checkpoint, or for the optimizer's states.
     """
+    settings = config.train
+    optimizer = make_optimizer(
+        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend,
+        folder.path if settings.optimizer_states == "disk" else None,
+    )  # fmt: skip
+    try:
+        return _take_steps(config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say)
+    finally:
+        close(optimizer)
+
+
+def _take_steps(
+    config: RunConfig, model: FusedModel, optimizer: torch.optim.Optimizer, rows: Rows,
+    validation: Sequence[EncodedSample], folder: RunFolder, identity: Mapping[str, str], resume_from: Any,
+    watch: Watcher | None, say: Callable[[str], None],
+) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
     rate = learning_rate(config)
     schedule = Schedule(settings.schedule, rate, steps, settings.warmup_share)
-    optimizer = make_optimizer(
-        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend
-    )
     progress = Progress()
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model, optimizer)
@@ -250,7 +264,8 @@ def run_loop(
                     round(progress.seconds, 3),
                 )
             )
-            if progress.step % TRIM_EVERY_STEPS == 0:
+            # With states on disk steps are slow and memory is short: every time.
+            if progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk":
                 give_back_free_memory()
             last = progress.step == steps
             if validation and (last or _due(progress.step, settings.validate_every_steps)):

@@ -18,11 +18,11 @@ from fitune.config import dump
 from fitune.config.schema import RunConfig
 from fitune.data.dataset import TrainingData, load_training_data
 from fitune.data.prefixes import Prefixes, find_prefixes
-from fitune.errors import InputError
+from fitune.errors import DiskFullError, InputError
 from fitune.fuse.attention import obstacle
 from fitune.fuse.model import FusedModel
 from fitune.fuse.replace import FusionReport
-from fitune.hardware import Hardware, detect
+from fitune.hardware import Hardware, detect, disk_free_bytes, lies_in_memory
 from fitune.models.find import find_model
 from fitune.models.graph import build_graph
 from fitune.models.source import ModelSource
@@ -51,6 +51,7 @@ from fitune.train.weights import save_weights
 # What a resumed run may do otherwise: it changes no bit of what is trained.
 _FREE_TO_CHANGE = {
     "save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None, "resident_layers": None,
+    "optimizer_states": "memory",
 }  # fmt: skip
 PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
@@ -206,6 +207,7 @@ def train_run(
         start_from = _resume_point(folder, identity, resume, say)
         write_text(folder.config_file, dump(config.model_copy(update={"output": str(folder.path)})))
         folder.write_json(folder.plan_file, plan.as_dict())
+        _check_disk(plan, folder, say)
         model = build_for_training(
             config, prepared.source, prepared.computation, store_progress, prepared.rows.first_batches()
         )
@@ -265,6 +267,20 @@ def train_run(
     return Outcome(
         folder, plan, model.report, model, losses, validation, records, seconds, peak_bytes(), digest
     )  # fmt: skip
+
+
+def _check_disk(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Raises DiskFullError where the optimizer's file will not fit, before hours are spent on the model."""
+    if not plan.disk_bytes:
+        return
+    free = disk_free_bytes(folder.path)
+    if free < plan.disk_bytes:
+        raise DiskFullError(
+            f"{folder.path}: train.optimizer_states: disk needs {plan.disk_bytes / 1e9:.2f} GB there, "
+            f"{free / 1e9:.2f} GB are free"
+        )
+    if lies_in_memory(folder.path):
+        say(f"warning: {folder.path} lies in memory (tmpfs): optimizer states on this disk save none")
 
 
 def machine(hardware: Hardware) -> dict[str, Any]:

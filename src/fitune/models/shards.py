@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -62,27 +62,35 @@ def write_shards(
     paths = []
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        path = folder / name
-        # Wide types first, so that every tensor lies at a multiple of its width.
-        ordered = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
-        with path.open("wb") as file:
-            file.write(_header(ordered))
-            for tensor in ordered:
-                values = read(tensor.name)
-                if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
-                    raise ValueError(f"{tensor.name}: planned {tensor}, read {tuple(values.shape)} {values.dtype}")
-                file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                weight_map[tensor.name] = name
-                done_bytes += tensor.size_bytes
-                if progress is not None:
-                    progress(done_bytes, total_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        paths.append(path)
+        for tensor in write_file(folder / name, shard, read):
+            weight_map[tensor.name] = name
+            done_bytes += tensor.size_bytes
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+        paths.append(folder / name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return paths
+
+
+def write_file(
+    path: Path, tensors: Sequence[TensorPlan], read: Callable[[str], torch.Tensor]
+) -> Iterator[TensorPlan]:
+    """Writes one file, to the disk, while the caller goes through what it gives: each tensor, when it is written."""
+    # Wide types first, so that every tensor lies at a multiple of its width.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    with path.open("wb") as file:
+        file.write(_header(ordered))
+        for tensor in ordered:
+            values = read(tensor.name)
+            if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name}: planned {tensor}, read {tuple(values.shape)} {values.dtype}")
+            file.write(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del values  # before the next one is read
+            yield tensor
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _header(tensors: Sequence[TensorPlan]) -> bytes:

@@ -1,0 +1,54 @@
+"""What the optimizers know of a parameter before its first step, made in memory that the caller chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fitune.quant.moments import MOMENT_BLOCK
+
+# Smaller tensors keep float32 moments, as bitsandbytes does: they cost nothing, and norms and biases are sensitive.
+LEAST_8BIT_SIZE = 4096
+
+
+class Zeros(Protocol):
+    """Makes a tensor of zeros somewhere."""
+
+    def __call__(self, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor: ...
+
+
+# A parameter, and where its states' memory comes from -> its states by name.
+Fresh = Callable[[Tensor, Zeros], dict[str, Any]]
+
+
+def in_memory(device: torch.device) -> Zeros:
+    """Zeros in the ordinary memory of a device."""
+    return lambda shape, *, dtype: torch.zeros(shape, dtype=dtype, device=device)
+
+
+def fresh_adamw(parameter: Tensor, zeros: Zeros) -> dict[str, Any]:
+    """The states of torch.optim.AdamW, by its names, as it makes them itself."""
+    return {"step": torch.zeros(()), **_alike(parameter, zeros, ("exp_avg", "exp_avg_sq"))}
+
+
+def fresh_adamw8bit(parameter: Tensor, zeros: Zeros) -> dict[str, Any]:
+    """The states of `AdamW8bit`."""
+    count = parameter.numel()
+    if count < LEAST_8BIT_SIZE:
+        return {"step": 0, **_alike(parameter, zeros, ("moment1", "moment2"))}
+    blocks = -(-count // MOMENT_BLOCK)
+    codes = {name: zeros((count,), dtype=torch.uint8) for name in ("codes1", "codes2")}
+    peaks = {name: zeros((blocks,), dtype=torch.float32) for name in ("absmax1", "absmax2")}
+    return {"step": 0, **codes, **peaks}
+
+
+FRESH: dict[str, Fresh] = {"adamw": fresh_adamw, "adamw8bit": fresh_adamw8bit}
+
+
+def _alike(parameter: Tensor, zeros: Zeros, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Zeros that lie in memory as the parameter does."""
+    shape, strides = tuple(parameter.shape), parameter.stride()
+    return {name: zeros(shape, dtype=parameter.dtype).as_strided(shape, strides) for name in names}
