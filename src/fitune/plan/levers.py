@@ -16,12 +16,14 @@ from fitune.config.schema import RunConfig
 # Time of a token against rows of 2,048 tokens and more at once (docs/results.md, "tokens a step").
 _TOKEN_TIMES = ((256, 1.60), (512, 1.30), (1024, 1.05), (2048, 1.0))
 # Of a step, against the step without (docs/results.md: "recomputation"; docs/log.md for the others).
-RECOMPUTING, STREAMING, EIGHT_BITS, DENSE = 1.25, 1.15, 1.01, 0.97
+RECOMPUTING, STREAMING, EIGHT_BITS, DENSE = 1.2, 1.15, 1.01, 0.97
+STATES_ON_DISK = 1.5  # with room for most of them in the page cache; a slow disk takes more
 
 METHODS = ("lora", "qlora")  # what method auto chooses from
 # The settings that may be chosen, beside the method.
 CHOSEN = (
-    "train.micro_batch", "train.accumulation", "train.recompute", "train.optimizer", "train.resident_layers",
+    "train.micro_batch", "train.accumulation", "train.recompute", "train.optimizer", "train.optimizer_states",
+    "train.resident_layers",
 )  # fmt: skip
 
 
@@ -61,11 +63,12 @@ def variants(run: RunConfig, row_tokens: int) -> list[Variant]:
     """All variants of a run whose rows hold so many tokens, the quickest first; of equals the least changed."""
     given = given_settings(run)
     found = [
-        _variant(run, row_tokens, method, parts, recompute, optimizer, streams)
+        _variant(run, row_tokens, method, parts, recompute, optimizer, states, streams)
         for method in ([run.method] if run.method != "auto" else METHODS)
         for parts in _splits(run, given)
         for recompute in _either(run.train.recompute, ("none", "layers"), "train.recompute" in given)
         for optimizer in _optimizers(run, method, given)
+        for states in _states(run, method, given)
         for streams in ((False, True) if method == "qlora" and "train.resident_layers" not in given else (False,))
     ]
     return sorted(found, key=lambda variant: (variant.relative_time, len(variant.choices)))
@@ -91,9 +94,15 @@ def _optimizers(run: RunConfig, method: str, given: frozenset[str]) -> tuple[str
     return _either(run.train.optimizer, ("adamw", "adamw8bit"), is_fixed)
 
 
+def _states(run: RunConfig, method: str, given: frozenset[str]) -> tuple[str, ...]:
+    is_fixed = method != "full" or "train.optimizer_states" in given
+    return _either(run.train.optimizer_states, ("memory", "disk"), is_fixed)
+
+
 def _variant(
-    run: RunConfig, row_tokens: int, method: str, parts: int, recompute: str, optimizer: str, streams: bool
-) -> Variant:
+    run: RunConfig, row_tokens: int, method: str, parts: int, recompute: str, optimizer: str, states: str,
+    streams: bool,
+) -> Variant:  # fmt: skip
     train, choices = run.train, []
     micro_batch, accumulation = train.micro_batch // parts, train.accumulation * parts
     if run.method == "auto":
@@ -108,6 +117,8 @@ def _variant(
         )
     if optimizer != train.optimizer:
         choices.append(Choice("train.optimizer", optimizer, "its states in 8 bits: a quarter of their memory"))
+    if states != train.optimizer_states:
+        choices.append(Choice("train.optimizer_states", states, "with the gradients in a file: the disk is slower"))
     changed = train.model_copy(
         update={
             name.removeprefix("train."): choice.value
@@ -118,7 +129,7 @@ def _variant(
     time = _token_time(micro_batch * row_tokens)
     for is_taken, factor in (
         (method == "lora", DENSE), (recompute == "layers", RECOMPUTING), (optimizer == "adamw8bit", EIGHT_BITS),
-        (streams, STREAMING),
+        (states == "disk", STATES_ON_DISK), (streams, STREAMING),
     ):  # fmt: skip
         time *= factor if is_taken else 1.0
     return Variant(
