@@ -197,15 +197,19 @@ def run_loop(
         folder.path if settings.optimizer_states == "disk" else None,
     )  # fmt: skip
     try:
-        return _take_steps(config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say)
+        memory = MemoryWatch(budget_bytes=budget_bytes)
+        return _take_steps(
+            config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say, memory
+        )
     finally:
+        rooms.clear()
         close(optimizer)
 
 
 def _take_steps(
     config: RunConfig, model: FusedModel, optimizer: torch.optim.Optimizer, rows: Rows,
     validation: Sequence[EncodedSample], folder: RunFolder, identity: Mapping[str, str], resume_from: Any,
-    watch: Watcher | None, say: Callable[[str], None],
+    watch: Watcher | None, say: Callable[[str], None], memory: MemoryWatch,
 ) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
@@ -217,7 +221,6 @@ def _take_steps(
     else:
         torch.manual_seed(config.seed)
     _trim_metrics(folder, progress.step)
-    memory = MemoryWatch(budget_bytes=budget_bytes)
 
     def save() -> None:
         save_checkpoint(folder.checkpoints, model, optimizer, progress, identity, settings.keep_checkpoints)
@@ -283,7 +286,6 @@ def _take_steps(
                     say(f"warning: {sentence}")
             if last or _due(progress.step, settings.save_every_steps):
                 save()
-    rooms.clear()
     return progress
 
 
