@@ -17,10 +17,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import ablation  # noqa: E402
+import budget_runs  # noqa: E402
 import cost_curves  # noqa: E402
 import generation_speed  # noqa: E402
+import larger_than_memory  # noqa: E402
 import loss_agreement  # noqa: E402
 import machine_limit  # noqa: E402
+import paged_optimizer  # noqa: E402
+import plan_accuracy  # noqa: E402
 import train_speed  # noqa: E402
 from speed_alone import Figures  # noqa: E402
 
@@ -100,6 +104,32 @@ def _generation_speed(result: Found) -> Iterator[Table]:
     yield said, generation_speed.COLUMNS, rows
 
 
+def _plan_accuracy(result: Found) -> Iterator[Table]:
+    rows = [_row(plan_accuracy.Row, row) for row in result["rows"]]
+    whole = [row for row in rows if row.problem is None]
+    near = sum(abs(row.bytes_ratio - 1) <= 0.05 for row in whole)
+    timely = sum(abs(row.seconds_ratio - 1) <= 0.20 for row in whole)
+    said = f"Of {len(whole)} runs the planned peak of {near} is within 5 %, the planned time of {timely} within 20 %."
+    yield said, plan_accuracy.COLUMNS, [plan_accuracy.row_cells(row) for row in rows]
+
+
+def _larger_than_memory(result: Found) -> Iterator[Table]:
+    rows = [_row(larger_than_memory.Row, row) for row in result["rows"]]
+    said = "Rank 16 on all linear layers, 1 x 512 tokens a step, layers computed again in the backward pass."
+    yield said, larger_than_memory.COLUMNS, [larger_than_memory.row_cells(row) for row in rows]
+
+
+def _budget_runs(result: Found) -> Iterator[Table]:
+    rows = [_row(budget_runs.Row, row | {"draw": budget_runs.Draw(**row["draw"])}) for row in result["rows"]]
+    said = f"{sum(row.is_within for row in rows)} of {len(rows)} stayed within their budget or were refused."
+    yield said, budget_runs.COLUMNS, [budget_runs.row_cells(row) for row in rows]
+
+
+def _paged_optimizer(result: Found) -> Iterator[Table]:
+    rows = [_row(paged_optimizer.Row, row) for row in result["rows"]]
+    yield "", paged_optimizer.COLUMNS, [paged_optimizer.row_cells(row) for row in rows]
+
+
 @dataclass(frozen=True)
 class Section:
     """A file of results, if it is there.
@@ -140,6 +170,10 @@ SECTIONS: tuple[Section, ...] = (
     Section("ablation_1b", "What each part is worth: 1.1B Llama shape", _ablation),
     Section("cost_curves", "What a step costs", _cost_curves),
     Section("generation_speed", "Generation beside transformers", _generation_speed),
+    Section("plan_accuracy", "The plan beside the run", _plan_accuracy),
+    Section("budget_runs", "Runs within a budget, under a hard limit", _budget_runs),
+    Section("larger_than_memory", "Weights larger than memory", _larger_than_memory),
+    Section("paged_optimizer", "Full fine-tuning with optimizer states on disk", _paged_optimizer),
 )  # fmt: skip
 
 

@@ -155,9 +155,9 @@ def resolved_settings(
         Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
         Item("micro-batch", train.micro_batch, "rows", origin("micro_batch")),
         Item("accumulation", train.accumulation, "micro-batches", origin("accumulation")),
-        *((Item("recompute", train.recompute, "", origin("recompute")),) if train.recompute != "none" else ()),
         Item("row", workload.row_tokens, "tokens", "data"),
         *(length if workload.steps else ()),
+        Item("recompute", train.recompute, "", origin("recompute")),
     )
 
 
