@@ -238,17 +238,27 @@ def _make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
                 module._parameters[name] = made[id(parameter)]
 
 
+def probe_bytes(anatomy: Anatomy, step: StepMemory, layers: int) -> int:
+    """What the probe of so many layers holds, all of them in memory."""
+    whole = max(1, len(anatomy.layers.twins))
+    in_layers = sum(anatomy.layer_bytes)
+    of_layers = in_layers + anatomy.int8_bytes + 2 * anatomy.trained_bytes + step.optimizer + step.saved
+    rest = anatomy.frozen_bytes - in_layers + step.peak - step.optimizer - step.saved
+    return rest + of_layers * min(layers, whole) // whole
+
+
 def step_seconds(
     run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, shape: Shape, dtype: torch.dtype, backend: str,
-    parts: Parts,
+    parts: Parts, probed_layers: int = PROBE_LAYERS,
 ) -> float:  # fmt: skip
     """The time of a step of the whole model on this machine: the median of a few steps after one to warm up.
 
-    `parts` are those that the dry run found. Optimizer states on disk are taken to cost what they cost in memory.
+    `parts` are those that the dry run found; so many layers are run, or more where fewer do not show every kind.
+    Optimizer states on disk are taken to cost what they cost in memory, and layers that come from there nothing.
 
     Where steps are long, fewer are taken; one that is longer than PROBE_SECONDS counts by itself.
     """
-    layers = anatomy.layers.with_at_least(PROBE_LAYERS)
+    layers = anatomy.layers.with_at_least(probed_layers)
     found = _probe(run, config, anatomy, layers, shape, dtype, backend, parts)
     found = found or _probe(run, config, anatomy, WHOLE, shape, dtype, backend, parts)
     assert found is not None

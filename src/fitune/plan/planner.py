@@ -13,7 +13,7 @@ from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
 from fitune.plan.anatomy import Anatomy, read_anatomy
 from fitune.plan.computation import Computation
-from fitune.plan.dry_run import Shape, StepMemory, step_memory, step_seconds
+from fitune.plan.dry_run import PROBE_LAYERS, Shape, StepMemory, probe_bytes, step_memory, step_seconds
 from fitune.plan.levers import Choice
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.quant.stream import resident_groups
@@ -182,9 +182,13 @@ def make_plan(
     frozen = anatomy.resident_bytes(run.train.resident_layers)
     weights = held.weights(run.train.resident_layers)
     seconds = None
-    # The probe is a real step of a few layers.
-    if with_time and weights + step.peak <= hardware.available_bytes:
-        seconds = step_seconds(*arguments, step.parts) * run.train.accumulation
+    # The probe is a real step of a few layers: it must not take more than the run.
+    probed = [
+        layers for layers in range(PROBE_LAYERS, 0, -1)
+        if run.train.resident_layers is None or probe_bytes(anatomy, step, layers) <= weights + step.peak
+    ]  # fmt: skip
+    if with_time and probed and weights + step.peak <= hardware.available_bytes:
+        seconds = step_seconds(*arguments, step.parts, probed[0]) * run.train.accumulation
     gc.collect()
     give_back_free_memory()
     overhead = resident_bytes()
