@@ -1,0 +1,58 @@
+"""What the plan counts of frozen weights that do not all stay, against the model that is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fitune.config.schema import RunConfig
+from fitune.models.build import build_quantised
+from fitune.models.folder import FolderSource
+from fitune.plan.anatomy import Anatomy, read_anatomy
+from fitune.plan.dry_run import Shape, probe_bytes, step_memory
+from fitune.quant.stream import layer_groups, stored_bytes
+from tiny_models import BACKEND, config_of, write_model
+
+LAYERS = 6
+
+
+def anatomy_of(**settings: Any) -> Anatomy:
+    run = RunConfig.model_validate({"data": {"train": ["none"]}})
+    return read_anatomy(run, config_of("llama", num_hidden_layers=LAYERS, **settings), torch.bfloat16)
+
+
+def test_layers_take_what_the_built_ones_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    source = FolderSource(write_model(tmp_path / "model", num_hidden_layers=LAYERS))
+    model = build_quantised(source, torch.bfloat16, BACKEND)
+    assert anatomy_of().layer_bytes == tuple(stored_bytes(group) for group in layer_groups(model))
+
+
+def test_what_stays_what_computes_and_what_comes() -> None:
+    anatomy = anatomy_of()
+    layer = anatomy.layer_bytes[0]
+    table = 320 * 64 * 2  # of embeddings, which the head does not share
+    assert anatomy.end_bytes == table
+    assert anatomy.resident_bytes(None) == anatomy.frozen_bytes
+    assert anatomy.resident_bytes(0) == anatomy.frozen_bytes - (LAYERS - 2) * layer - table
+    assert anatomy.resident_bytes(3) == anatomy.frozen_bytes - (LAYERS - 3 - 2) * layer - table
+    assert anatomy.resident_bytes(LAYERS) == anatomy.resident_bytes(LAYERS + 5) == anatomy.frozen_bytes
+
+
+def test_a_table_that_is_the_head_too_stays() -> None:
+    assert anatomy_of(tie_word_embeddings=True).end_bytes == 0
+
+
+def test_the_probe_of_all_layers_takes_what_the_run_takes() -> None:
+    run = RunConfig.model_validate({"data": {"train": ["none"]}})
+    config, anatomy = config_of("llama", num_hidden_layers=LAYERS), anatomy_of()
+    step = step_memory(run, config, anatomy, Shape(1, 64, 64, 40), torch.bfloat16, BACKEND)
+    sizes = [probe_bytes(anatomy, step, layers) for layers in range(1, LAYERS + 2)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == sizes[-2]  # there are no more layers
+    assert sizes[0] < 0.7 * sizes[-1]
+    whole = anatomy.frozen_bytes + anatomy.trained_bytes + step.peak
+    assert whole <= sizes[-1] <= whole + 2 * anatomy.trained_bytes
