@@ -17,6 +17,7 @@ from fitune.models.folder import FolderSource
 from fitune.models.streaming import end_tensors, stream_layers
 from fitune.plan.computation import Computation
 from fitune.quant.lease import lease_for_generation, leased
+from fitune.quant.staged_copies import StagedCopies
 from fitune.train.prepare import build_for_answers, build_for_training
 from tiny_models import BACKEND, random_samples, write_model
 
@@ -66,6 +67,15 @@ def test_loss_and_gradients_are_the_same_to_the_bit(source: FolderSource, recomp
         gradients(model)
         assert model.stream.moves > moves  # layers came and went
         assert model.stream.mistaken == mistaken  # and every one had been expected
+
+
+def test_copies_on_a_device_give_the_same_bits(source: FolderSource) -> None:
+    loss, expected = gradients(built(source, None))
+    model = built(source, None)
+    model.stream = stream_layers(model.graph, 1, lambda groups: StagedCopies(groups, "cpu"))
+    found_loss, found = gradients(model)
+    assert found_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_answers_are_the_same(source: FolderSource) -> None:

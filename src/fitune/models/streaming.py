@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,13 +10,19 @@ from transformers import PreTrainedModel
 
 from fitune.errors import InputError
 from fitune.quant.mapped_pages import MappedPages, give_back, is_mapped, spans_of
-from fitune.quant.stream import LayerStream, layer_groups
+from fitune.quant.parameter import QuantisedParameter
+from fitune.quant.stream import Carrier, LayerStream, layer_groups
+
+Groups = Sequence[Sequence[QuantisedParameter]]
 
 
-def stream_layers(model: PreTrainedModel, resident_layers: int) -> LayerStream:
+def stream_layers(
+    model: PreTrainedModel, resident_layers: int, carrier: Callable[[Groups], Carrier] = MappedPages
+) -> LayerStream:
     """Has all but `resident_layers` of a model's quantised layers come from its store when they are computed.
 
-    Embeddings and head, where they are mapped too, are let go after each use.
+    `carrier` brings them: into memory, or (`StagedCopies`) to a device. Embeddings and head, where they are mapped
+    too, are let go after each use.
     Raises InputError for a model without quantised layers, FituneError where they are not mapped.
     """
     groups = layer_groups(model)
@@ -24,7 +31,7 @@ def stream_layers(model: PreTrainedModel, resident_layers: int) -> LayerStream:
             "is for frozen weights in 4 bits, and this model has none; take method qlora, or leave it out",
             where="train.resident_layers",
         )
-    stream = LayerStream(groups, MappedPages(groups), resident_layers)
+    stream = LayerStream(groups, carrier(groups), resident_layers)
     spans = spans_of(end_tensors(model))
 
     def used(*_: Any) -> None:
