@@ -13,9 +13,9 @@ from typing import Any
 
 from fitune.config.schema import RunConfig
 
-# Time of a token against rows of 2,048 tokens and more at once (docs/results.md, "tokens a step").
-_TOKEN_TIMES = ((256, 1.60), (512, 1.30), (1024, 1.05), (2048, 1.0))
-# Of a step, against the step without (docs/results.md: "recomputation"; docs/log.md for the others).
+# Time of a token against 4,096 and more of them at once (docs/results.md, "What a step costs").
+_TOKEN_TIMES = ((256, 1.7), (512, 1.4), (1024, 1.09), (2048, 1.05), (4096, 1.0))
+# Of a step, against the step without: rough, to sort by (docs/results.md: "What each part is worth" and others).
 RECOMPUTING, STREAMING, EIGHT_BITS, DENSE = 1.2, 1.15, 1.01, 0.97
 STATES_ON_DISK = 1.5  # with room for most of them in the page cache; a slow disk takes more
 
@@ -112,9 +112,7 @@ def _variant(
         choices.append(Choice("train.micro_batch", micro_batch, f"fewer rows at once, {parts} times as often"))
         choices.append(Choice("train.accumulation", accumulation, "so that a step has as many rows as before"))
     if recompute != train.recompute:
-        choices.append(
-            Choice("train.recompute", recompute, "each layer is computed again: about a quarter more time")
-        )
+        choices.append(Choice("train.recompute", recompute, "each layer is computed again: a fifth more time"))
     if optimizer != train.optimizer:
         choices.append(Choice("train.optimizer", optimizer, "its states in 8 bits: a quarter of their memory"))
     if states != train.optimizer_states:
