@@ -25,6 +25,7 @@ import loss_agreement  # noqa: E402
 import machine_limit  # noqa: E402
 import paged_optimizer  # noqa: E402
 import plan_accuracy  # noqa: E402
+import plan_published  # noqa: E402
 import train_speed  # noqa: E402
 from speed_alone import Figures  # noqa: E402
 
@@ -130,6 +131,39 @@ def _paged_optimizer(result: Found) -> Iterator[Table]:
     yield "", paged_optimizer.COLUMNS, [paged_optimizer.row_cells(row) for row in rows]
 
 
+def _plan_published(result: Found) -> Iterator[Table]:
+    rows = [_row(plan_published.Row, row) for row in result["rows"]]
+    near = [row for row in rows if row.problem is None and abs(row.their_way_ratio - 1) <= 0.25]
+    said = (
+        "Memory of a GPU as others measured it (GB is 1e9 bytes), what fitune's plan says of the same settings, and "
+        "that plan with what their tool did otherwise, which follows from its code and is not fitted. A measurement "
+        "is called by its source, model, method, rows x tokens. Done their way, "
+        f"{len(near)} of {len(rows)} are within 25 %."
+    )
+    yield said, plan_published.COLUMNS, [plan_published.row_cells(row) for row in rows]
+    reasons = [[name, "; or: ".join(texts)] for name, texts in result["reasons"].items()]
+    yield "What they did otherwise:", ("difference", "in words"), reasons
+    sources = [
+        [f"[{source['name']}]({source['url']})", _counted(source), ", ".join(_links(source["settings"])) or "there"]
+        for source in result["sources"]
+    ]
+    yield "Where the measurements stand:", ("source", "how it was measured", "its settings"), sources
+
+
+def _counted(source: Found) -> str:
+    counts = {
+        "allocated": "torch's tensors, so planned without the allocator's holes and the CUDA context",
+        "reserved": "what torch's allocator holds, so planned without the CUDA context",
+        "device": "all that is on the card",
+        "not said": "what it counts is not said: planned as all that is on the card",
+    }
+    return f"{source['measured']}; {counts[source['counted']]}"
+
+
+def _links(urls: Sequence[str]) -> list[str]:
+    return [f"[{url.rstrip('/').rsplit('/', 1)[-1]}]({url})" for url in urls]
+
+
 @dataclass(frozen=True)
 class Section:
     """A file of results, if it is there.
@@ -174,6 +208,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("budget_runs", "Runs within a budget, under a hard limit", _budget_runs),
     Section("larger_than_memory", "Weights larger than memory", _larger_than_memory),
     Section("paged_optimizer", "Full fine-tuning with optimizer states on disk", _paged_optimizer),
+    Section("plan_published", "The plan for GPUs beside published measurements", _plan_published),
 )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fitune.quant import parameter as room
 from fitune.quant.nf4 import quantise
@@ -102,3 +104,29 @@ def test_a_wrong_expert_in_the_backward_pass_would_show(monkeypatch: pytest.Monk
     (found,) = torch.autograd.grad(out.square().sum(), x)
     (expected,) = torch.autograd.grad(dense(x).square().sum(), x)
     assert (found - expected).norm() > 0.1 * expected.norm()
+
+
+def test_layers_computed_again_in_the_backward_pass_keep_nothing_of_the_experts() -> None:
+    ours, dense = quantised_experts()
+    kept: list[weakref.ref[Tensor]] = []
+    relu = Tensor.relu
+
+    def noted(x: Tensor) -> Tensor:
+        out = relu(x)
+        kept.append(weakref.ref(out))
+        return out
+
+    gradients = []
+    for experts in (ours, dense):
+        x = torch.randn(7, 64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "relu", noted)
+            out = checkpoint(experts, x, use_reentrant=False)
+            gc.collect()
+            assert len(kept) == 3
+            assert all(reference() is None for reference in kept)
+        kept.clear()
+        out.square().sum().backward()
+        gradients.append(x.grad)
+    assert not room._ALIVE
+    assert torch.allclose(*gradients, rtol=1e-6, atol=1e-6)

@@ -131,7 +131,7 @@ def _dry_run(
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
     paged = run.train.optimizer_states == "disk"
     if paged:
-        _drop_gradients(model)
+        _drop_gradients(model.trainable)
     watch = LayerWatch(layer_modules(model.graph, layers), live.stretch)
     with mode, EvenRouting(anatomy.expert_counts), live, device or nullcontext():
         parts = settle_parts(model, plain_attention, lambda: watch.run(lambda: _loss(model, shape)))
@@ -159,16 +159,6 @@ def _dry_run(
     return StepMemory(states, saved[0], peak, operator, parts)
 
 
-def _drop_gradients(model: FusedModel) -> None:
-    """As paged ones: gone from memory as soon as they are there."""
-
-    def drop(parameter: torch.Tensor) -> None:
-        parameter.grad = None
-
-    for parameter in model.trainable:
-        parameter.register_post_accumulate_grad_hook(drop)
-
-
 def _on_disk_bytes(run: RunConfig, anatomy: Anatomy) -> int:
     return sum(
         count * paged_bytes(FRESH[run.train.optimizer], [torch.empty(shape, dtype=torch.float32, device="meta")])
@@ -182,7 +172,7 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _drop_gradients(parameters: list[nn.Parameter]) -> None:
-    """Has every gradient freed as soon as it is there, as where it is sent to the devices that keep its parts."""
+    """Has every gradient freed as soon as it is there, as one on disk, or sent to the devices that keep its parts."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None

@@ -179,17 +179,16 @@ class _Kept:
     offset: int
 
 
-def _pack(tensor: Tensor) -> Tensor | _Kept:
+def _kept(tensor: Tensor) -> _Kept | None:
+    """None for what is no part of a decoded weight."""
     origin = _ALIVE.get(tensor.untyped_storage()._cdata)
     if origin is None:
-        return tensor
+        return None
     base = 0 if origin.index is None else _first_element(origin)
     return _Kept(origin, tensor.size(), tensor.stride(), tensor.storage_offset() - base)
 
 
-def _unpack(kept: Tensor | _Kept) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+def _decoded_from(kept: _Kept) -> Tensor:
     again = kept.origin.decode()
     return again.as_strided(kept.size, kept.stride, again.storage_offset() + kept.offset)
 
@@ -203,8 +202,25 @@ def _first_element(origin: _Origin) -> int:
 
 @contextmanager
 def decoded_again() -> Iterator[None]:
-    """Inside, autograd keeps references to quantised parameters instead of decoded copies."""
-    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+    """Inside, autograd keeps references to quantised parameters instead of decoded copies.
+
+    Whatever else it keeps goes to the hooks that were on before (those that compute a layer again in the backward
+    pass): torch asks the innermost pair only.
+    """
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def pack(tensor: Tensor) -> Any:
+        kept = _kept(tensor)
+        if kept is None:
+            return tensor if outer is None else outer[0](tensor)
+        return kept
+
+    def unpack(kept: Any) -> Any:
+        if isinstance(kept, _Kept):
+            return _decoded_from(kept)
+        return kept if outer is None else outer[1](kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
