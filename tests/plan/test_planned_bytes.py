@@ -136,6 +136,20 @@ def test_planned_bytes_of_int8_are_the_real_ones(tmp_path: Path, monkeypatch: py
     assert memory.peak == pytest.approx(found["peak"], rel=0.05)
 
 
+def test_planned_bytes_of_float32_weights_computed_in_bfloat16_are_the_real_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer by layer: a copy of all weights in bfloat16 would add a tenth to the peak."""
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    run, config, dtype = run_of("full", "layers"), config_of("llama"), torch.bfloat16
+    anatomy, memory = planned(run, config, dtype)
+    found = real(run, config, dtype, tmp_path / "model")
+    assert anatomy.trained_bytes == found["trained"]
+    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
+    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+    assert memory.saved < 0.25 * anatomy.trained_bytes
+
+
 def test_layers_that_differ_do_not_stand_for_each_other() -> None:
     """A dense first layer and sliding windows: as many layers are kept as show every kind."""
     run = run_of("qlora")

@@ -23,22 +23,29 @@ def show_elsewhere(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Prints the plan; where it does not fit, looks for the nearest that does."""
-    from fitune.plan.elsewhere import ElsewherePlan
-    from fitune.plan.nearest_fit import nearest_fit
+    from fitune.plan.elsewhere import ElsewherePlan, sharding_on
+    from fitune.plan.nearest_fit import nearest_fit, search
 
     assert isinstance(plan, ElsewherePlan)
-    nearest = None if plan.fits else nearest_fit(run, source.config, machine, workload)
+    config = source.config
+    nearest = None if plan.fits else nearest_fit(run, config, machine, workload)
+    nearest_sharded = None
+    if not plan.fits and plan.sharding is not None and not plan.sharding.fits:
+        nearest_sharded = search(
+            run, workload, machine.memory_bytes, lambda r, w: sharding_on(machine, r, config, w).peak_bytes
+        )
     note, warnings = source.note, source.warnings()
     if as_json:
-        facts = {"nearest": asdict(nearest) if nearest else None, "assumed": assumed, "note": note}
-        print_json({**plan.as_dict(), **facts, "warnings": warnings})
+        found = {"nearest": nearest, "nearest_sharded": nearest_sharded}
+        facts = {name: None if one is None else asdict(one) for name, one in found.items()}
+        print_json({**plan.as_dict(), **facts, "assumed": assumed, "note": note, "warnings": warnings})
         return
-    _print_page(plan, nearest)
+    _print_page(plan, nearest, nearest_sharded)
     if assumed:
         print(f"\n{assumed}" + (f"\nNote: {note}." if note else ""))
 
 
-def _print_page(plan: ElsewherePlan, nearest: NearestFit | None) -> None:
+def _print_page(plan: ElsewherePlan, nearest: NearestFit | None, nearest_sharded: NearestFit | None) -> None:
     machine = plan.machine
     several = f"{machine.count} x " if machine.count > 1 else ""
     print(f"Plan: {plan.method} on {plan.model}, for {several}{machine.name}\n")
@@ -48,6 +55,8 @@ def _print_page(plan: ElsewherePlan, nearest: NearestFit | None) -> None:
         _print_sharding(plan.sharding, plan)
     if nearest is not None:
         print(f"\n{nearest_sentence(nearest)}")
+    if nearest_sharded is not None:
+        print(f"Sharded: {nearest_sentence(nearest_sharded)}")
     print()
     print_facts("Settings", settings_lines(plan))
     print()

@@ -123,15 +123,19 @@ def plan_for(
         Item("computation", reason, "", "machine"),
         Item("devices", machine.count, "", "you"),
     )
-    sharding = None
-    if machine.count > 1:
-        spread = gpu_memory(run, config, workload, dtype, sharded=True).step
-        process = CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES
-        sharding = shard(run, config, anatomy, spread, dtype, machine, process, ALLOCATOR_SHARE)
+    sharding = sharding_on(machine, run, config, workload) if machine.count > 1 else None
     return ElsewherePlan(
         model, run.method, memory.peak_bytes, machine.memory_bytes, None, None, step.peak_operator, items, settings,
         machine=machine, sharding=sharding, notes=tuple(_gpu_notes(run, anatomy, machine)),
     )  # fmt: skip
+
+
+def sharding_on(machine: Machine, run: RunConfig, config: PretrainedConfig, workload: Workload) -> Sharding:
+    """A run with weights, gradients and states spread over `machine.count` GPUs. Raises as `plan_for` does."""
+    dtype = gpu_dtype(run, machine)[0]
+    memory = gpu_memory(run, config, workload, dtype, sharded=True)
+    process_bytes = CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES
+    return shard(run, config, memory.anatomy, memory.step, dtype, machine, process_bytes, ALLOCATOR_SHARE)
 
 
 def gpu_dtype(run: RunConfig, machine: Machine) -> tuple[torch.dtype, str]:
