@@ -59,10 +59,10 @@ PLAIN_STD = 0.02
 READ_BYTES = 2_000_000_000  # of the checkpoint, to tell the disk's rate
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192, "tie_word_embeddings": False}
-# Meta's published configurations.
+# Meta's published configurations; the smaller one with as many rows of embeddings as the bundled tokenizer asks for.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
-        **_LLAMA, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        **_LLAMA, "vocab_size": 49152, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
     },
     "llama-3-70b": {

@@ -89,7 +89,7 @@ def title(facts: dict[str, Any]) -> str:
 def folders(folder: Path | None) -> Iterator[tuple[Path, Path]]:
     """A folder for checkpoints, which are kept, and one for all else, which is removed, by SIGTERM too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    cache = folder or Path(tempfile.gettempdir()) / "fitune-train-speed"
+    cache = (folder or Path(tempfile.gettempdir()) / "fitune-train-speed").absolute()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="run-", dir=cache) as scratch:
         yield cache, Path(scratch)
