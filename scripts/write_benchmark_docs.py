@@ -206,7 +206,8 @@ SECTIONS: tuple[Section, ...] = (
     Section("generation_speed", "Generation beside transformers", _generation_speed),
     Section("plan_accuracy", "The plan beside the run", _plan_accuracy),
     Section("budget_runs", "Runs within a budget, under a hard limit", _budget_runs),
-    Section("larger_than_memory", "Weights larger than memory", _larger_than_memory),
+    Section("larger_than_memory", "Weights larger than memory: 7B", _larger_than_memory),
+    Section("larger_than_memory_70b", "Weights larger than memory: 70B", _larger_than_memory),
     Section("paged_optimizer", "Full fine-tuning with optimizer states on disk", _paged_optimizer),
     Section("plan_published", "The plan for GPUs beside published measurements", _plan_published),
 )  # fmt: skip
