@@ -93,6 +93,9 @@ def test_a_run_file_is_planned_for_another_machine(workplace: Path) -> None:
         (("--count", "2"), "add --on CARD or --memory SIZE"),
         (("--table", "--on", "rtx4090"), "is over many machines"),
         (("--table", "method=lora", "lora.rank=8"), "chooses method itself"),
+        (("--on", "rtx4090", "method=auto"), "method: settings are chosen for this machine only"),
+        (("--on", "cpu:64GB", "memory=8GB"), "memory: settings are chosen for this machine only"),
+        (("--table", "memory=8GB"), "chooses memory itself"),
         (("--on", "rtx4090", "train.compute=int8"), "int8 is for processors with VNNI"),
     ],
 )

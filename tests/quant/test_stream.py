@@ -20,7 +20,7 @@ from fitune.quant.mapped_pages import MappedPages, is_mapped, spans_of
 from fitune.quant.nf4 import NF4Weight, quantise
 from fitune.quant.parameter import QuantisedParameter, StoredTensors
 from fitune.quant.staged_copies import StagedCopies
-from fitune.quant.stream import Carrier, LayerStream, layer_groups, layer_number, resident_groups, stored_bytes
+from fitune.quant.stream import Carrier, LayerStream, layer_groups, layer_number, resident_groups
 
 LAYERS = 5
 
@@ -183,7 +183,7 @@ def test_pages_really_go_and_come(tmp_path: Path) -> None:
     model.layers[1].w = QuantisedLinear(_stored(tmp_path, "small", torch.randn(64, 64)), None, "reference")
     groups = layer_groups(model)
     sums = int(weight.codes.sum(dtype=torch.int64))  # touches all
-    size = stored_bytes(groups[0])
+    size = weight.size_bytes
     full = resident_bytes()
     carrier = MappedPages(groups)
     carrier.drop(0)

@@ -20,7 +20,7 @@ from fitune.errors import DiskFullError, InputError, Interrupted, MemoryShortErr
 from fitune.train import memory_watch
 from fitune.train.checkpoint import list_checkpoints, newest_whole
 from fitune.train.loop import StepRecord
-from fitune.train.run import Outcome, plan_run, prepare_run, train_run
+from fitune.train.run import Outcome, plan_run, prepare_run, resumed, train_run
 from fitune.train.run_folder import RunFolder
 from tiny_models import write_model, write_questions
 
@@ -288,3 +288,26 @@ def test_validation_changes_nothing(place: Path, uninterrupted: Outcome) -> None
     assert often.digest == never.digest
     assert [step for step, _ in often.validation] == list(range(1, STEPS + 1))
     assert often.validation[-1][1] < often.validation[0][1]
+
+
+def test_chosen_settings_stay_when_a_run_goes_on(place: Path, tmp_path: Path) -> None:
+    config = config_of(place, "method=auto", "memory=auto")
+    prepared = prepare_run(config, with_time=False)
+    plan = plan_run(prepared)
+    assert prepared.config.method == "lora"  # all of it fits
+    assert [choice.setting for choice in plan.choices] == ["method"]
+    assert plan.fits
+    train_run(prepared, plan, RunFolder(tmp_path / "whole"))
+    stopped = RunFolder(tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        train_run(prepared, plan, stopped, watch=stop_after(3))
+    again = resumed(config, stopped)
+    assert again.method == "lora"
+    goes_on = prepare_run(again, choose=False)
+    train_run(goes_on, plan_run(goes_on, with_time=False), stopped, resume=True)
+    assert adapter_bits(stopped.path) == adapter_bits(tmp_path / "whole")
+
+
+def test_a_budget_that_nothing_fits_into_is_refused_before_anything_is_trained(place: Path) -> None:
+    with pytest.raises(InputError, match="are too few: the least that this run takes is"):
+        prepare_run(config_of(place, "method=auto", "memory=60MB"), with_time=False)

@@ -134,9 +134,8 @@ def _open(
         opening = (Message("system", said),) if said else ()
     built = found.build()
     graph = built.graph
-    lease = lease_for_generation(
-        built.backend, built.dtype, built.stream is not None
-    )  # for as long as the process lives
+    # For as long as the process lives.
+    lease = lease_for_generation(built.backend, built.dtype, built.stream is not None)
     for module in graph.modules():
         if isinstance(module, QuantisedLinear):
             module.lease = lease

@@ -23,7 +23,8 @@ ASSUMED_WITH_STEPS = f"Assumed, as no run file was given: samples of {SAMPLE_TOK
 ASSUMED_OF_PRESET = f"{ASSUMED_WITH_STEPS} How long the run takes follows from your data, or from train.steps=N."
 # What the table goes through, or sets to what takes the least.
 CHOSEN_BY_TABLE = {
-    "method", "data.max_tokens", "train.micro_batch", "train.accumulation", "train.recompute", "train.optimizer",
+    "method", "memory", "data.max_tokens", "train.micro_batch", "train.accumulation", "train.recompute",
+    "train.optimizer",
 }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def _plan_elsewhere(run: str, overrides: list[str], machine: Machine, as_json: b
     """The plan for a machine that is not this one, and what would fit there where it does not."""
     from fitune.cli.output import print_warnings
     from fitune.cli.plan_elsewhere_page import show_elsewhere
-    from fitune.plan.elsewhere import plan_for
+    from fitune.plan.elsewhere import check_elsewhere, plan_for
     from fitune.train.loop import learning_rate
 
     assumed = None
@@ -129,11 +130,14 @@ def _plan_elsewhere(run: str, overrides: list[str], machine: Machine, as_json: b
         from fitune import config
         from fitune.train.run import prepare_run
 
-        prepared = prepare_run(config.load(Path(run), overrides))
+        asked = config.load(Path(run), overrides)
+        check_elsewhere(asked)
+        prepared = prepare_run(asked)
         settings, source, workload = prepared.config, prepared.source, prepared.workload
         print_warnings(source.warnings())
     else:
         source, settings = _opened(run, overrides)
+        check_elsewhere(settings)
         workload, assumed = _workload(source, settings)
     plan = plan_for(settings, source.reference, source.config, machine, workload, learning_rate(settings))
     show_elsewhere(plan, settings, source, machine, workload, assumed, as_json)

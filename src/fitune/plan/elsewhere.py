@@ -95,9 +95,7 @@ def plan_for(
 
     Raises InputError for settings that a GPU has not, FituneError for a model whose step cannot be dry-run.
     """
-    if run.method == "auto" or run.memory is not None:
-        setting = "method" if run.method == "auto" else "memory"
-        raise InputError("settings are chosen for this machine only; name a method and no budget", where=setting)
+    check_elsewhere(run)
     if run.train.resident_layers is not None and machine.kind == "gpu":
         raise InputError("layers come from the disk on a CPU only; leave it out", where="train.resident_layers")
     if machine.kind == "cpu":
@@ -136,6 +134,13 @@ def sharding_on(machine: Machine, run: RunConfig, config: PretrainedConfig, work
     memory = gpu_memory(run, config, workload, dtype, sharded=True)
     process_bytes = CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES
     return shard(run, config, memory.anatomy, memory.step, dtype, machine, process_bytes, ALLOCATOR_SHARE)
+
+
+def check_elsewhere(run: RunConfig) -> None:
+    """Raises InputError for a run whose settings are to be chosen: that is done for the machine it runs on."""
+    if run.method == "auto" or run.memory is not None:
+        setting = "method" if run.method == "auto" else "memory"
+        raise InputError("settings are chosen for this machine only; name a method and no budget", where=setting)
 
 
 def gpu_dtype(run: RunConfig, machine: Machine) -> tuple[torch.dtype, str]:

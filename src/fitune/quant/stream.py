@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fitune.quant.parameter import QuantisedParameter, StoredTensors
 
@@ -127,12 +127,3 @@ def layer_groups(model: nn.Module) -> list[list[QuantisedParameter]]:
         if isinstance(module, QuantisedParameter) and number is not None:
             layers.setdefault(number, []).append(module)
     return [layers[number] for number in sorted(layers)]
-
-
-def stored_bytes(group: Sequence[QuantisedParameter]) -> int:
-    """What a group takes when it is here."""
-    return sum(_bytes(tensor) for parameter in group for tensor in parameter.own_tensors())
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
