@@ -16,6 +16,7 @@ from fitune.errors import FituneError
 from fitune.fuse.attention import documents_given
 from fitune.fuse.decoder_layer import FusedLayer
 from fitune.fuse.head import PLAIN_LOGITS, LogitForm, token_logprobs
+from fitune.fuse.narrow_copies import narrow_copies
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
 from fitune.models.graph import recompute_layers
@@ -36,7 +37,6 @@ class FusedModel:
         report: what was replaced, what was left and why.
         logit_form: what the model makes of its head's products.
         stream: brings the frozen weights of layers that do not stay in memory; None: all of them stay.
-        recompute: whether layers are computed again in the backward pass.
     """
 
     graph: PreTrainedModel
@@ -46,7 +46,6 @@ class FusedModel:
     report: FusionReport
     logit_form: LogitForm = PLAIN_LOGITS
     stream: LayerStream | None = None
-    recompute: bool = False
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -56,7 +55,6 @@ class FusedModel:
     def recompute_layers(self) -> None:
         """Has every layer computed again in the backward pass. Raises InputError for a model that cannot."""
         recompute_layers(self.graph)
-        self.recompute = True
         for module in self.graph.modules():
             forward = vars(module).get("forward")
             if isinstance(forward, FusedLayer):
@@ -85,9 +83,7 @@ class FusedModel:
             inputs["documents"] = documents
         wide = self.dtype != self.graph.dtype  # float32 masters computed in a narrower dtype
         by_documents = documents_given() if "documents" in inputs else nullcontext()
-        # Autocast's cache holds a narrow copy of every weight to the end of the pass: half of the masters' memory. A
-        # layer that keeps nothing but its input has no use for it; others keep the copies for their gradients anyway.
-        narrow = torch.autocast("cpu", dtype=self.dtype, enabled=wide, cache_enabled=not self.recompute)
+        narrow = narrow_copies(self.dtype) if wide else nullcontext()
         with narrow, by_documents:
             if "head" in self.report.replaced:
                 hidden = self.graph.get_decoder()(**inputs).last_hidden_state
