@@ -72,6 +72,21 @@ def test_accumulated_gradients_are_in_the_peak() -> None:
     assert twice.peak > once.peak
 
 
+@pytest.mark.parametrize(("method", "recompute"), [("full", "none"), ("lora", "none"), ("lora", "layers")])
+def test_what_is_saved_stays_resident_through_the_backward_pass(method: str, recompute: str) -> None:
+    """Gradients come on top of it; what a second micro-batch saves takes its place."""
+    config = config_of("llama", num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+    memory = memory_of(run_of(method, recompute=recompute), config, torch.float32)
+    trained = read_anatomy(run_of(method), config, torch.float32).trained_bytes
+    least = memory.optimizer + memory.saved + trained
+    assert max(least, memory.peak) <= memory.resident < memory.peak + memory.saved
+    again, more = (
+        memory_of(run_of(method, recompute=recompute, accumulation=count), config, torch.float32) for count in (2, 5)
+    )
+    assert memory.resident <= again.resident < 1.15 * memory.resident  # gradients are there from the start
+    assert more == again
+
+
 def live_of(work) -> tuple[int, int]:
     with LiveBytes() as live:
         kept = work()

@@ -55,5 +55,5 @@ def test_the_probe_of_all_layers_takes_what_the_run_takes() -> None:
     assert sizes == sorted(sizes)
     assert sizes[-1] == sizes[-2]  # there are no more layers
     assert sizes[0] < 0.7 * sizes[-1]
-    whole = anatomy.frozen_bytes + anatomy.trained_bytes + step.peak
+    whole = anatomy.frozen_bytes + anatomy.trained_bytes + step.resident
     assert whole <= sizes[-1] <= whole + 2 * anatomy.trained_bytes

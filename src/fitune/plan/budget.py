@@ -14,7 +14,7 @@ from fitune.errors import InputError
 from fitune.hardware import Hardware
 from fitune.plan.computation import Computation
 from fitune.plan.levers import Choice, Variant, variants
-from fitune.plan.planner import Plan, RunMemory, Workload, make_plan, run_memory, shape_of
+from fitune.plan.planner import RUN_BYTES, Plan, RunMemory, Workload, make_plan, run_memory, shape_of
 from fitune.process_memory import resident_bytes
 
 # How far a measured peak may lie above the planned one (docs/plan.md).
@@ -38,7 +38,7 @@ def plan_within(
         return run_memory(variant, config, computation, shape_of(variant, workload_of(variant), row_tokens))
 
     while True:
-        own = max(own, resident_bytes())  # planning itself brings in what training needs
+        own = max(own, resident_bytes() + RUN_BYTES)  # planning itself brings in what training needs
         found = fit(run, workload_of(run).row_tokens, budget, own, held)
         plan = make_plan(
             found.run, model, config, computation, hardware, workload_of(found.run), rate_of(found.run), with_time,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -70,8 +70,9 @@ class StepMemory:
     Attributes:
         optimizer: states that stay in memory between steps.
         saved: kept from the forward for the backward pass.
-        peak: the most at one time, optimizer states included.
-        peak_operator: what ran then.
+        peak: the most alive at one time, optimizer states included.
+        resident: the most that memory is held for at one time; on the CPU more than is alive.
+        resident_operator: what ran then.
         parts: the fused parts it was measured with.
         disk: optimizer states and gradients that lie in a file.
     """
@@ -79,7 +80,8 @@ class StepMemory:
     optimizer: int
     saved: int
     peak: int
-    peak_operator: str
+    resident: int
+    resident_operator: str
     parts: Parts
     disk: int = 0
 
@@ -140,23 +142,40 @@ def _dry_run(
         if device is not None and device.sharded:
             _drop_gradients(model.trainable)
         live.reset_peak()
-        stretches: list[Stretch] = []
+        alive: list[Stretch] = []
+        resident: list[Stretch] = []
         saved: list[int] = []
         for _ in range(min(run.train.accumulation, 2)):  # later micro-batches find the gradients of those before
             passes = watch.run(lambda: _loss(model, shape)).whole(layers)
             if passes is None:
                 return None
-            stretches += [*passes[0], *passes[1]]
+            alive += [*passes[0], *passes[1]]
+            found_again = [Stretch(-saved[-1], 0, "")] if saved else []
+            resident += [*found_again, *passes[0], *_lasting(*passes)]
             saved.append(sum(stretch.change for stretch in passes[0]))
         _update(optimizer)
-        stretches.append(live.stretch())
-    peak, operator = _highest(states, stretches)
+        alive.append(live.stretch())
+    peak, operator = _highest(states, alive)
+    held, held_operator = (peak, operator) if device is not None else _highest(states, [*resident, alive[-1]])
+    disk = 0
     if paged:
         # A slice of a gradient on its way to the file; and, when nothing else is there, slices of all of the update.
         slice_bytes = 4 * min(SLICE, max(prod(shape) for shape in anatomy.trained))
-        peak = max(peak + slice_bytes, UPDATE_SLICES * slice_bytes)
-        return StepMemory(states, saved[0], peak, operator, parts, _on_disk_bytes(run, anatomy))
-    return StepMemory(states, saved[0], peak, operator, parts)
+        peak, held = (max(value + slice_bytes, UPDATE_SLICES * slice_bytes) for value in (peak, held))
+        disk = _on_disk_bytes(run, anatomy)
+    return StepMemory(states, saved[0], peak, held, held_operator, parts, disk)
+
+
+def _lasting(forward: list[Stretch], backward: list[Stretch]) -> list[Stretch]:
+    """The backward pass of a process in which what the forward pass saved stays resident until the step is done.
+
+    So it is on the CPU: rooms wait for the next step, and gradients do not fit the holes that a heap is left with
+    (docs/log.md, "holes in the backward pass"). Layers that need no gradient save nothing.
+    """
+    last_first = [stretch.change for stretch in reversed(forward)]
+    return [
+        replace(stretch, change=stretch.change + saved) for stretch, saved in zip(backward, last_first, strict=False)
+    ]
 
 
 def _on_disk_bytes(run: RunConfig, anatomy: Anatomy) -> int:
@@ -233,7 +252,7 @@ def probe_bytes(anatomy: Anatomy, step: StepMemory, layers: int) -> int:
     whole = max(1, len(anatomy.layers.twins))
     in_layers = sum(anatomy.layer_bytes)
     of_layers = in_layers + anatomy.int8_bytes + 2 * anatomy.trained_bytes + step.optimizer + step.saved
-    rest = anatomy.frozen_bytes - in_layers + step.peak - step.optimizer - step.saved
+    rest = anatomy.frozen_bytes - in_layers + step.resident - step.optimizer - step.saved
     return rest + of_layers * min(layers, whole) // whole
 
 

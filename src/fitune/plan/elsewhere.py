@@ -27,7 +27,7 @@ from fitune.plan.computation import choose_computation
 from fitune.plan.device_workspaces import DeviceWorkspaces
 from fitune.plan.dry_run import StepMemory, step_memory
 from fitune.plan.machines import Machine
-from fitune.plan.planner import Item, Plan, Workload, make_plan, parts_at_peak, resolved_settings, shape_of
+from fitune.plan.planner import RUN_BYTES, Item, Plan, Workload, make_plan, parts_at_peak, resolved_settings, shape_of
 from fitune.plan.sharding import Sharding, shard
 from fitune.process_memory import resident_bytes
 
@@ -76,13 +76,13 @@ class GpuMemory:
     @property
     def allocator_bytes(self) -> int:
         """Reserved beside what is in use."""
-        return round(ALLOCATOR_SHARE * (self.step.peak - self.step.optimizer))
+        return round(ALLOCATOR_SHARE * (self.step.resident - self.step.optimizer))
 
     @property
     def peak_bytes(self) -> int:
         """All there is on the card at the peak."""
         weights = self.anatomy.frozen_bytes + self.anatomy.trained_bytes
-        return weights + self.step.peak + self.allocator_bytes + CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES
+        return weights + self.step.resident + self.allocator_bytes + CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES
 
 
 def plan_for(
@@ -104,7 +104,7 @@ def plan_for(
     memory = gpu_memory(run, config, workload, dtype)
     anatomy, step = memory.anatomy, memory.step
     gradients, saved, workspace = parts_at_peak(step, anatomy.trained_bytes)
-    decoded = min(memory.largest_decoded, workspace) if "frozen_product" in step.peak_operator else 0
+    decoded = min(memory.largest_decoded, workspace) if "frozen_product" in step.resident_operator else 0
     items = (
         Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
         Item("trained weights", anatomy.trained_bytes, "bytes", "derived"),
@@ -123,8 +123,8 @@ def plan_for(
     )
     sharding = sharding_on(machine, run, config, workload) if machine.count > 1 else None
     return ElsewherePlan(
-        model, run.method, memory.peak_bytes, machine.memory_bytes, None, None, step.peak_operator, items, settings,
-        machine=machine, sharding=sharding, notes=tuple(_gpu_notes(run, anatomy, machine)),
+        model, run.method, memory.peak_bytes, machine.memory_bytes, None, None, step.resident_operator, items,
+        settings, machine=machine, sharding=sharding, notes=tuple(_gpu_notes(run, anatomy, machine)),
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def peak_on(machine: Machine, run: RunConfig, config: PretrainedConfig, workload
     anatomy = read_anatomy(run, config, computation.dtype)
     step = step_memory(run, config, anatomy, shape_of(run, workload), computation.dtype, computation.backend)
     weights = anatomy.frozen_bytes + anatomy.int8_bytes + anatomy.trained_bytes
-    return weights + step.peak + resident_bytes()
+    return weights + step.resident + resident_bytes() + RUN_BYTES
 
 
 def _gpu_notes(run: RunConfig, anatomy: Anatomy, machine: Machine) -> list[str]:

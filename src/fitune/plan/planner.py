@@ -18,6 +18,12 @@ from fitune.plan.levers import Choice
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.quant.stream import resident_groups
 
+# What a run holds besides what planning leaves behind, in four runs of two models: the objects of the whole model 20
+# to 40 MB, the threads' workspaces and the small tensors of its steps 25 to 40 MB (docs/log.md, "what is left over").
+RUN_BYTES = 50_000_000
+# Linux brings in so much of a mapped file around what is touched (fault_around_bytes, its default).
+FAULT_BYTES = 1 << 16
+
 
 @dataclass(frozen=True)
 class Item:
@@ -36,7 +42,8 @@ class Item:
 class Workload:
     """What the data asks for: optimizer steps and tokens of the whole run, documents' mean length, trained share.
 
-    Steps and tokens are 0 where there is no data yet, as with a preset.
+    Steps and tokens are 0 where there is no data yet, as with a preset. `distinct_tokens`: how many of the
+    vocabulary the data have; None: not known.
     """
 
     steps: int
@@ -44,6 +51,7 @@ class Workload:
     mean_document_tokens: int
     trained_share: float
     row_tokens: int
+    distinct_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class RunMemory:
 
     def bytes(self, resident_layers: int | None) -> int:
         """At the peak of a step."""
-        return self.weights(resident_layers) + self.step.peak
+        return self.weights(resident_layers) + self.step.resident
 
 
 def shape_of(run: RunConfig, workload: Workload, row_tokens: int | None = None) -> Shape:
@@ -132,9 +140,9 @@ def _origin(name: str, given: Collection[str]) -> str:
 
 def parts_at_peak(step: StepMemory, trained_bytes: int) -> tuple[int, int, int]:
     """Gradients, saved activations and workspaces at the peak, where not all of each need be alive."""
-    saved = min(step.saved, step.peak - step.optimizer)
-    gradients = 0 if step.disk else min(trained_bytes, step.peak - step.optimizer - saved)
-    return gradients, saved, step.peak - step.optimizer - saved - gradients
+    saved = min(step.saved, step.resident - step.optimizer)
+    gradients = 0 if step.disk else min(trained_bytes, step.resident - step.optimizer - saved)
+    return gradients, saved, step.resident - step.optimizer - saved - gradients
 
 
 def resolved_settings(
@@ -179,19 +187,20 @@ def make_plan(
     held = run_memory(run, config, computation, shape)
     anatomy, step = held.anatomy, held.step
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
-    frozen = anatomy.resident_bytes(run.train.resident_layers)
-    weights = held.weights(run.train.resident_layers)
+    untouched = _untouched_bytes(run, anatomy, workload)
+    frozen = anatomy.resident_bytes(run.train.resident_layers) - untouched
+    weights = held.weights(run.train.resident_layers) - untouched
     seconds = None
     # The probe is a real step of a few layers: it must not take more than the run.
     probed = [
         layers for layers in range(PROBE_LAYERS, 0, -1)
-        if run.train.resident_layers is None or probe_bytes(anatomy, step, layers) <= weights + step.peak
+        if run.train.resident_layers is None or probe_bytes(anatomy, step, layers) <= weights + step.resident
     ]  # fmt: skip
-    if with_time and probed and weights + step.peak <= hardware.available_bytes:
+    if with_time and probed and weights + step.resident <= hardware.available_bytes:
         seconds = step_seconds(*arguments, step.parts, probed[0]) * run.train.accumulation
     gc.collect()
     give_back_free_memory()
-    overhead = resident_bytes()
+    overhead = resident_bytes() + RUN_BYTES
     gradients, saved, workspace = parts_at_peak(step, anatomy.trained_bytes)
     memory = (
         Item("frozen weights", frozen, "bytes", "model"),
@@ -203,7 +212,7 @@ def make_plan(
         Item("workspaces, logits", workspace, "bytes", "dry run"),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
-    peak = overhead + weights + step.peak
+    peak = overhead + weights + step.resident
     whole = None
     if seconds is not None and workload.tokens:
         whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)
@@ -215,9 +224,16 @@ def make_plan(
         *((Item("on disk while training", step.disk, "bytes", "derived"),) if step.disk else ()),
     )
     return Plan(
-        model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.peak_operator,
+        model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.resident_operator,
         memory, settings, choices, budget_bytes, step.disk,
     )  # fmt: skip
+
+
+def _untouched_bytes(run: RunConfig, anatomy: Anatomy, workload: Workload) -> int:
+    """Of a table of embeddings that is mapped from a store: rows of tokens that the data do not have."""
+    if run.method != "qlora" or run.train.resident_layers is not None or workload.distinct_tokens is None:
+        return 0
+    return max(0, anatomy.end_bytes - workload.distinct_tokens * FAULT_BYTES)
 
 
 def _streaming(run: RunConfig, anatomy: Anatomy, choices: tuple[Choice, ...]) -> tuple[Item, ...]:

@@ -89,7 +89,7 @@ def shard(
     """
     count = machine.count
     units = read_units(run, config, anatomy, dtype)
-    activations = step.peak - step.optimizer
+    activations = step.resident - step.optimizer
     divided = anatomy.frozen_bytes + 2 * anatomy.trained_bytes + step.optimizer
     fresh = activations + units.at_once + units.layer_gradients + anatomy.trained_bytes // count
     unsharded = activations + units.layer_gradients + round(allocator_share * fresh) + process_bytes

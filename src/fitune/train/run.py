@@ -162,6 +162,7 @@ def _workload(config: RunConfig, rows: Rows) -> Workload:
     return Workload(
         steps, round(steps * tokens / len(first)), max(1, tokens // documents), trained / tokens,
         max(batch.tokens.shape[1] for batch in batches),
+        len({token for batch in batches for token in batch.tokens.unique().tolist()}),
     )  # fmt: skip
 
 
