@@ -185,6 +185,8 @@ SECTIONS: tuple[Section, ...] = (
         "train_speed_recompute", "SmolLM2-135M with recomputation, and the peer under torch.compile", _train_speed
     ),
     Section("train_speed_recompute_1b", "1.1B Llama shape with recomputation", _train_speed),
+    Section("train_speed_zen4", "On Zen 4: AVX-512 BF16 and VNNI, no AMX; 135M", _train_speed),
+    Section("train_speed_zen4_1b", "On Zen 4: 1.1B", _train_speed),
     Section(
         "train_speed_avx512_bf16", "As without AMX, simulated on both sides", _train_speed,
         "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 FITUNE_INSTRUCTION_SET=avx512_bf16",
