@@ -28,10 +28,6 @@ class _Products(nn.Module):
         return torch.exp(-self.last(self.last(inner)).float().square())
 
 
-def _gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(model(x).sum(), [x, *model.parameters()]))
-
-
 def test_gradients_have_the_bits_of_autocast() -> None:
     torch.manual_seed(0)
     model, x = _Products(), torch.randn(3, 5, 24, requires_grad=True)
@@ -51,10 +47,11 @@ def test_gradients_have_the_bits_of_autocast() -> None:
 def test_gradients_are_those_of_float32_but_for_rounding() -> None:
     torch.manual_seed(0)
     model, x = _Products(), torch.randn(3, 5, 24, requires_grad=True)
-    exact = _gradients(model, x)
+    inputs = [x, *model.parameters()]
+    exact = torch.autograd.grad(model(x).sum(), inputs)
     with narrow_copies(torch.bfloat16):
         loss = model(x).sum()
-    for ours, theirs in zip(torch.autograd.grad(loss, [x, *model.parameters()]), exact, strict=True):
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), exact, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.03
 
 
@@ -80,7 +77,17 @@ def test_a_weight_that_was_changed_is_refused() -> None:
         loss = model(x).sum()
     with torch.no_grad():
         model.weight.add_(1.0)
-    with pytest.raises(RuntimeError, match="changed between"):
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        loss.backward()
+
+
+def test_a_result_that_was_changed_is_refused() -> None:
+    x = torch.randn(8, requires_grad=True)
+    with narrow_copies(torch.bfloat16):
+        saved = x.exp()
+        loss = saved.square().sum()
+    saved.detach().add_(1.0)
+    with pytest.raises(RuntimeError, match="was changed in place"):
         loss.backward()
 
 

@@ -19,20 +19,23 @@ _COPIED, _TURNED, _LEAF = "ToCopyBackward0", "TBackward0", "torch::autograd::Acc
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """A copy that was not kept: of which master, as it was then, and how."""
+class _Kept:
+    """What stands for a saved tensor: itself, or of a copy its master; and its version then, as autograd keeps it.
 
-    master: Tensor
+    `dtype`: of the copy; None: it is no copy. `turned`: whether the copy lay across.
+    """
+
+    tensor: Tensor
     version: int
-    dtype: torch.dtype
-    turned: bool
+    dtype: torch.dtype | None = None
+    turned: bool = False
 
 
 @contextmanager
 def narrow_copies(dtype: torch.dtype) -> Iterator[None]:
     """Inside, products compute in `dtype`; their float32 weights are copied for each, and again in the backward pass.
 
-    Backward passes raise RuntimeError where a weight was changed since.
+    Backward passes raise RuntimeError where a weight, or what else they need, was changed since.
     """
     with (
         torch.autocast("cpu", dtype=dtype, cache_enabled=False),
@@ -41,7 +44,7 @@ def narrow_copies(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _keep(saved: Tensor) -> Tensor | _Copy:
+def _keep(saved: Tensor) -> _Kept:
     node, turned = saved.grad_fn, False
     if node is not None and node.name() == _TURNED:
         node, turned = node.next_functions[0][0], True
@@ -50,14 +53,14 @@ def _keep(saved: Tensor) -> Tensor | _Copy:
         if leaf is not None and leaf.name() == _LEAF:
             master = leaf.variable
             if master.shape == (saved.shape[::-1] if turned else saved.shape):
-                return _Copy(master, master._version, saved.dtype, turned)
-    return saved.detach()  # of a result itself the graph would hold itself alive
+                return _Kept(master, master._version, saved.dtype, turned)
+    return _Kept(saved.detach(), saved._version)  # of a result itself the graph would hold itself alive
 
 
-def _get(kept: Tensor | _Copy) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    if kept.master._version != kept.version:
-        raise RuntimeError("a weight was changed between the forward and the backward pass that computes with it")
-    copy = kept.master.detach().to(kept.dtype)
+def _get(kept: _Kept) -> Tensor:
+    if kept.tensor._version != kept.version:  # autograd does not look where there are hooks
+        raise RuntimeError("a tensor that the backward pass needs was changed in place after the forward pass")
+    if kept.dtype is None:
+        return kept.tensor
+    copy = kept.tensor.detach().to(kept.dtype)
     return copy.t() if kept.turned else copy
