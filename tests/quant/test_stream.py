@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from fitune.errors import FituneError
 from fitune.process_memory import resident_bytes
+from fitune.quant.direct_reads import DirectReads, NoDirectReadsError
 from fitune.quant.linear import QuantisedLinear
 from fitune.quant.mapped_pages import MappedPages, is_mapped, spans_of
 from fitune.quant.nf4 import NF4Weight, quantise
@@ -77,6 +79,13 @@ class Noted:
         return parameter.own_tensors()
 
 
+def direct_reads(groups: Sequence[Sequence[QuantisedParameter]]) -> DirectReads:
+    try:
+        return DirectReads(groups)
+    except NoDirectReadsError as error:
+        pytest.skip(str(error))
+
+
 def _visit(stream: LayerStream, groups: Sequence[Sequence[QuantisedParameter]], order: Sequence[int]) -> None:
     for number in order:
         for parameter in groups[number]:
@@ -85,7 +94,9 @@ def _visit(stream: LayerStream, groups: Sequence[Sequence[QuantisedParameter]], 
 
 @pytest.mark.parametrize("resident", [0, 2, LAYERS])
 @pytest.mark.parametrize(
-    "carrier", [MappedPages, lambda groups: StagedCopies(groups, "cpu")], ids=["mapped", "staged"]
+    "carrier",
+    [MappedPages, direct_reads, lambda groups: StagedCopies(groups, "cpu")],
+    ids=["mapped", "direct", "staged"],
 )
 def test_results_and_gradients_are_the_same_to_the_bit(carrier: type, resident: int, tmp_path: Path) -> None:
     model = _model(tmp_path)
@@ -122,7 +133,7 @@ def test_the_next_layer_is_brought_and_the_last_one_goes(tmp_path: Path) -> None
     assert carrier.asked == [("drop", number) for number in range(LAYERS)]
     carrier.asked.clear()
     _visit(stream, groups, [0, 1])
-    assert carrier.asked == [("wait", 0), ("fetch", 1), ("wait", 1), ("drop", 0), ("fetch", 2)]
+    assert carrier.asked == [("wait", 0), ("fetch", 1), ("drop", 0), ("wait", 1), ("fetch", 2)]
 
 
 def test_what_follows_is_learnt_from_the_pass_before(tmp_path: Path) -> None:
@@ -192,6 +203,46 @@ def test_pages_really_go_and_come(tmp_path: Path) -> None:
     carrier.wait(0)
     assert resident_bytes() - empty > 0.9 * size
     assert int(weight.codes.sum(dtype=torch.int64)) == sums
+
+
+def test_direct_reads_leave_the_mapping_alone_and_take_two_buffers(tmp_path: Path) -> None:
+    """Three layers of 8 MB are visited again and again: two are here at a time, none of them through the mapping."""
+    model = nn.Module()
+    model.layers = nn.ModuleList()
+    for number in range(3):
+        model.layers.append(nn.Module())
+        weight = _stored(tmp_path, f"large{number}", torch.randn(4096, 4096))
+        model.layers[number].w = QuantisedLinear(weight, None, "reference")
+    groups = layer_groups(model)
+    sums = [int(group[0].own_tensors()[0].sum(dtype=torch.int64)) for group in groups]  # touches all
+    size = sum(tensor.nbytes for tensor in groups[0][0].own_tensors())
+    before = resident_bytes()
+    carrier = direct_reads(groups)
+    stream = LayerStream(groups, carrier)
+    assert before - resident_bytes() > 2.7 * size  # all three went
+    empty = resident_bytes()
+    for number in [0, 1, 2, 1, 0, 2, 0] * 3:
+        assert int(stream.reach(groups[number][0])[0].sum(dtype=torch.int64)) == sums[number]
+    assert 1.9 * size < resident_bytes() - empty < 2.5 * size
+
+
+def test_a_file_that_was_replaced_is_not_read_past_the_cache(tmp_path: Path) -> None:
+    groups = layer_groups(_model(tmp_path))
+    direct_reads(groups)
+    path = tmp_path / "up0.safetensors"
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+    with pytest.raises(NoDirectReadsError):
+        DirectReads(groups)
+
+
+def test_a_file_that_became_shorter_is_told_of(tmp_path: Path) -> None:
+    groups = layer_groups(_model(tmp_path, out=1024, width=1024))
+    stream = LayerStream(groups, direct_reads(groups))
+    os.truncate(tmp_path / "up3.safetensors", 4096)
+    with pytest.raises(FituneError, match=r"up3\.safetensors has become shorter"):
+        _visit(stream, groups, [2, 3])
 
 
 def test_memory_that_is_not_a_file_is_never_let_go() -> None:

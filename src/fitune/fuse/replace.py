@@ -21,7 +21,7 @@ from fitune.fuse.gated_mlp import fused_mlp_candidates
 from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.norm import fused_norm_candidates
 from fitune.fuse.prove import TOLERANCE, prove, with_trained_adapter
-from fitune.fuse.replace_layers import replace_layers, undo_layers
+from fitune.fuse.replace_layers import LayerCalls, layer_calls, replace_layers, undo_layers
 
 # Two documents in a row, each longer than the windows and chunks of tiny models are.
 PROOF_TOKENS = (24, 17)
@@ -58,25 +58,27 @@ def fuse(model: PreTrainedModel, dtype: torch.dtype, backend: str, proofs: bool)
     report.replaced["linear"] = sum(isinstance(module, FusedLoraLinear) for module in model.modules())
     _replace(model, "norm", lambda m: fused_norm_candidates(m, backend), _norm_width, dtype, report, proofs)
     _replace(model, "mlp", lambda m: fused_mlp_candidates(m, backend), _mlp_width, dtype, report, proofs)
-    if proofs:
-        report.takes_positions = _takes_positions(model)
-    packed = _replace_attention(model, backend, report, proofs)
+    first = _counted_logits(model) if proofs else None
+    report.takes_positions = first is not None or not proofs
+    packed, calls = _replace_attention(model, backend, report, first)
     if "attention" not in report.replaced:
         report.left["layer"] = "its attention does not go by documents"
         return report
-    _replace_layers(model, dtype, backend, report, packed)
+    _replace_layers(model, dtype, backend, report, packed, calls)
     return report
 
 
-def _takes_positions(model: PreTrainedModel) -> bool:
-    """Whether positions 0, 1, 2 ... are what the model counts by itself (RoBERTa's begin at 2; some take none)."""
-    (tokens, _) = _two_documents(model)
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters:
-        return False
+def _counted_logits(model: PreTrainedModel) -> torch.Tensor | None:
+    """The first document's logits; None where positions 0, 1, 2 ... are not what the model counts by itself.
+
+    RoBERTa's begin at 2; some models take none.
+    """
+    tokens = _two_documents(model)[0]
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
     by_itself = _logits(model, tokens)
     told = _logits(model, tokens, position_ids=torch.arange(tokens.shape[1]).unsqueeze(0))
-    return _distance(told, by_itself) <= TOLERANCE
+    return by_itself if _distance(told, by_itself) <= TOLERANCE else None
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -136,26 +138,30 @@ def _replace(
 
 
 def _replace_attention(
-    model: PreTrainedModel, backend: str, report: FusionReport, proofs: bool
-) -> torch.Tensor | None:
+    model: PreTrainedModel, backend: str, report: FusionReport, first: torch.Tensor | None
+) -> tuple[torch.Tensor | None, LayerCalls | None]:
     """Attention by documents, accepted where each of two documents in a row computes what it computes alone.
 
-    Returns the logits [T, V] of both in one row; None without proofs, and where it is not accepted.
+    `first`: the logits of the first one alone; None: it is accepted by structure alone.
+    Returns the logits [T, V] of both in one row, and what that pass asked of the layers; None and None without
+    proofs, and where it is not accepted.
     """
     reason = attention.obstacle(model)
     if reason is None and not report.takes_positions:
         reason = "positions cannot be given to the model"
     if reason is not None:
         report.left["attention"] = reason
-        return None
+        return None, None
     attention.register()
     before = model.config._attn_implementation
-    apart = [_logits(model, tokens) for tokens in _two_documents(model)] if proofs else None
+    apart = None if first is None else [first, _logits(model, _two_documents(model)[1])]
     model.set_attn_implementation(attention.NAMES[backend])
     packed: torch.Tensor | None = None
+    calls: LayerCalls | None = None
     if apart is not None:
         try:
-            packed = _packed_logits(model)
+            with layer_calls(model) as calls:
+                packed = _packed_logits(model)
             distance = max(
                 _model_distance(model, found, expected)
                 for found, expected in zip(packed.split([len(one) for one in apart]), apart, strict=True)
@@ -166,19 +172,20 @@ def _replace_attention(
         if reason is not None:
             model.set_attn_implementation(before)
             report.left["attention"] = reason
-            return None
+            return None, None
     report.replaced["attention"] = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
-    return packed
+    return packed, calls
 
 
 def _replace_layers(
-    model: PreTrainedModel, dtype: torch.dtype, backend: str, report: FusionReport, packed: torch.Tensor | None
-) -> None:
+    model: PreTrainedModel, dtype: torch.dtype, backend: str, report: FusionReport, packed: torch.Tensor | None,
+    calls: LayerCalls | None,
+) -> None:  # fmt: skip
     """Whole layers; given the logits without them, none where the model as a whole is another one with them.
 
     Layers alike in all that can be compared are proven once; this sees one that is different all the same.
     """
-    count, left = replace_layers(model, dtype, backend, None if packed is None else lambda: _packed_logits(model))
+    count, left = replace_layers(model, dtype, backend, calls)
     if count and packed is not None:
         distance = _model_distance(model, _packed_logits(model), packed)
         if not distance <= WHOLE_MODEL_TOLERANCE:

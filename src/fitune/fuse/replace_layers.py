@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,26 +18,39 @@ from fitune.fuse.lora_linear import covered_all
 from fitune.fuse.prove import prove, with_trained_adapter
 from fitune.quant.parameter import QuantisedParameter
 
-Calls = dict[int, dict[str, Any]]
+
+@dataclass
+class LayerCalls:
+    """What a pass through the model asked of its decoder layers.
+
+    Attributes:
+        keywords: of each layer's call, by its id.
+        attention: scale, window and cap that each attention module asked for, by its id.
+        tokens: in the row.
+    """
+
+    keywords: dict[int, dict[str, Any]] = field(default_factory=dict)
+    attention: dict[int, tuple[float, int, float]] = field(default_factory=dict)
+    tokens: int = 0
 
 
 def replace_layers(
-    model: PreTrainedModel, dtype: torch.dtype, backend: str, packed_pass: Callable[[], Tensor] | None
+    model: PreTrainedModel, dtype: torch.dtype, backend: str, calls: LayerCalls | None
 ) -> tuple[int, dict[str, str]]:
     """Replaces the decoder layers of `model` that it can; how many, and class -> why not for the others.
 
-    `packed_pass` runs two documents in one row through the model, whose attention goes by documents. None: every
-    layer is accepted by structure alone, for dry runs.
+    `calls`: of two documents in one row (`layer_calls`). None: every layer is accepted by structure alone, for dry
+    runs.
     """
-    layers = [module for module in model.modules() if {"self_attn", "mlp"} <= set(dict(module.named_children()))]
-    calls, seen, tokens = _watched(layers, packed_pass)
+    proofs = calls is not None
+    calls = calls or LayerCalls()
     positions = Positions()
     proven: dict[tuple[object, ...], int | None] = {}
     count = 0
     left: dict[str, list[str]] = {}
-    for layer in layers:
-        call = calls.get(id(layer))
-        scale, window, cap = seen.get(id(layer.self_attn), (None, 0, 0.0))
+    for layer in _layers(model):
+        call = calls.keywords.get(id(layer))
+        scale, window, cap = calls.attention.get(id(layer.self_attn), (None, 0, 0.0))
         candidates = fused_layer_candidates(
             layer, attention_forms(layer.self_attn, scale, window, cap), positions, backend
         )
@@ -50,7 +65,7 @@ def replace_layers(
                 "its projections are trained themselves, or their adapters do more than LoRA without dropout",
             )
             continue
-        if packed_pass is None:
+        if not proofs:
             layer.forward = candidates[0]
             count += 1
             continue
@@ -59,7 +74,7 @@ def replace_layers(
             continue
         signature = (kind, scale, window, cap, _shape_of(call), *_insides(layer))
         if signature not in proven:
-            proven[signature], reason = _choose(layer, candidates, call, dtype, tokens)
+            proven[signature], reason = _choose(layer, candidates, call, dtype, calls.tokens)
             if proven[signature] is None:
                 _note(left, kind, reason)
         chosen = proven[signature]
@@ -75,30 +90,29 @@ def _note(left: dict[str, list[str]], kind: str, reason: str) -> None:
         reasons.append(reason)
 
 
-def _watched(
-    layers: list[nn.Module], packed_pass: Callable[[], Tensor] | None
-) -> tuple[Calls, dict[int, tuple[float, int, float]], int]:
-    """The keywords each layer was called with, what its attention asked for, and how many tokens there were."""
-    calls: Calls = {}
-    tokens = [0]
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if {"self_attn", "mlp"} <= set(dict(module.named_children()))]
+
+
+@contextmanager
+def layer_calls(model: nn.Module) -> Iterator[LayerCalls]:
+    """Inside, passes through a model whose attention goes by documents are noted."""
+    found = LayerCalls()
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
         if len(args) <= 1 and isinstance(hidden, Tensor):
-            calls[id(layer)] = kwargs
-            tokens[0] = hidden.shape[1]
+            found.keywords[id(layer)] = kwargs
+            found.tokens = hidden.shape[1]
 
-    if packed_pass is None:
-        return calls, {}, 0
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in _layers(model)]
     try:
-        with seen_calls() as seen:
-            packed_pass()
+        with seen_calls() as found.attention:
+            yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return calls, seen, tokens[0]
 
 
 class _Replay(nn.Module):

@@ -301,7 +301,7 @@ def attention(
     threads = torch.get_num_threads()
     out = empty((rows, tokens, heads, width), q.dtype)
     lse = torch.empty(rows, heads, tokens, dtype=torch.float32)
-    workspace = empty((threads * _load()[2].fitune_attention_floats(tokens, width, 0),), torch.float32)
+    workspace = empty((attention_floats(q.shape),), torch.float32)
     _table().attention(*arguments, _pointer(out), _pointer(lse), _pointer(workspace), threads)
     return out, lse
 
@@ -315,22 +315,41 @@ def attention_backward(
     arguments, _alive = _heads(q, k, v, documents, window, scale, cap)
     grad_out = grad_out.contiguous()
     threads = torch.get_num_threads()
-    # Key heads are the natural tasks; where they do not keep the threads evenly busy, query heads are. Kernels with
-    # dot products of bfloat16 divide the work themselves.
-    even = rows * kv_heads % threads == 0 or rows * kv_heads >= 4 * threads
-    divides = q.dtype == torch.bfloat16 and status().instruction_set in ("amx", "avx512_bf16")
-    split = 1 if even or divides else heads // kv_heads
+    split = _split_heads(q.shape, kv_heads, q.dtype)
     grad_q = empty((rows, tokens, heads, width), q.dtype)
     grad_k, grad_v = (empty((rows, tokens, kv_heads, width), q.dtype) for _ in range(2))
-    floats = threads * _load()[2].fitune_attention_floats(tokens, width, 1)
-    floats += 2 * rows * kv_heads * split * tokens * (-(-width // 32) * 32)
-    workspace = empty((floats,), torch.float32)
+    workspace = empty((attention_backward_floats(q.shape, kv_heads, q.dtype),), torch.float32)
     _table().attention_backward(
         *arguments, _pointer(out, q.dtype, q.shape), _pointer(grad_out, q.dtype, q.shape),
         _pointer(lse, torch.float32, (rows, heads, tokens)), _pointer(grad_q), _pointer(grad_k), _pointer(grad_v),
         split, _pointer(workspace), threads,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
+
+
+def attention_floats(queries: torch.Size) -> int:
+    """The forward pass's workspace; `queries` [rows, tokens, heads, width]."""
+    _, tokens, _, width = queries
+    return torch.get_num_threads() * int(_load()[2].fitune_attention_floats(tokens, width, 0))
+
+
+def attention_backward_floats(queries: torch.Size, kv_heads: int, dtype: torch.dtype) -> int:
+    """The backward pass's workspace: a thread's own, and the gradients of keys and values in float32."""
+    rows, tokens, _, width = queries
+    own = torch.get_num_threads() * int(_load()[2].fitune_attention_floats(tokens, width, 1))
+    return own + 2 * rows * kv_heads * _split_heads(queries, kv_heads, dtype) * tokens * (-(-width // 32) * 32)
+
+
+def _split_heads(queries: torch.Size, kv_heads: int, dtype: torch.dtype) -> int:
+    """Key heads are the natural tasks; where they do not keep the threads evenly busy, query heads are.
+
+    Kernels with dot products of bfloat16 divide the work themselves.
+    """
+    rows, _, heads, _ = queries
+    threads = torch.get_num_threads()
+    even = rows * kv_heads % threads == 0 or rows * kv_heads >= 4 * threads
+    divides = dtype == torch.bfloat16 and status().instruction_set in ("amx", "avx512_bf16")
+    return 1 if even or divides else heads // kv_heads
 
 
 def slot_attention_(

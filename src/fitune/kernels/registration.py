@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("fitune", "DEF")
+NAMESPACE = "fitune"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def operator(schema: str, run: Callable[..., Any]) -> Any:

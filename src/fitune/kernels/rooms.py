@@ -12,10 +12,11 @@ import bisect
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ HUGE_BYTES = 1 << 21
 class _Room:
     """A mapping, and the step it was last taken in."""
 
-    memory: mmap.mmap
+    memory: Any
     step: int
 
     @property
@@ -48,12 +49,16 @@ class _Room:
 class Rooms(threading.local):
     """A thread's rooms, in the order of their sizes.
 
+    Args:
+        make: gives the memory of a new room, of so many bytes; a plan's rooms have none.
+
     Attributes:
         is_open: whether results are put into rooms now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[int], Any] | None = None) -> None:
         self.is_open = False
+        self._make = make or _mapping
         self._sizes: list[int] = []
         self._rooms: list[_Room] = []
         self._step = 0
@@ -63,8 +68,8 @@ class Rooms(threading.local):
         """Of all rooms, taken or not."""
         return sum(self._sizes)
 
-    def take(self, size_bytes: int) -> mmap.mmap:
-        """A mapping of at least so many bytes that nobody uses."""
+    def take(self, size_bytes: int) -> Any:
+        """A mapping of at least so many bytes that nobody uses; it is used for as long as somebody refers to it."""
         size = -(-size_bytes // GRAIN_BYTES) * GRAIN_BYTES
         place = bisect.bisect_left(self._sizes, size)
         while place < len(self._sizes) and self._sizes[place] <= SLACK * size:
@@ -74,9 +79,7 @@ class Rooms(threading.local):
                 return room.memory
             place += 1
         self._make_way(size)
-        memory = mmap.mmap(-1, size)
-        if size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = self._make(size)
         place = bisect.bisect_left(self._sizes, size)
         self._sizes.insert(place, size)
         self._rooms.insert(place, _Room(memory, self._step))
@@ -101,6 +104,13 @@ class Rooms(threading.local):
     def clear(self) -> None:
         """Lets go of all rooms; those that tensors lie in end with them."""
         self._rooms, self._sizes = [], []
+
+
+def _mapping(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size)
+    if size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 rooms = Rooms()

@@ -20,6 +20,7 @@ from fitune.models.graph import (
 )
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress, open_store
+from fitune.quant.mapped_pages import is_mapped
 
 
 def build_quantised(
@@ -47,11 +48,12 @@ def build_dense(source: ModelSource, dtype: torch.dtype, trainable: bool) -> Pre
     tensors = GraphTensors(source, model)
     tensors.check()
     for group in tensors.groups:
-        for name, value in tensors.read(group).items():
+        values = tensors.read(group)
+        for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"tensor {name} holds values that are not finite", where=source.reference)
             _set(model, name, value.clone() if trainable else value, dtype, trainable)
-        if trainable:  # all are copies
+        if not any(is_mapped(_get(model, name)) for name in values):  # all are copies
             source.release()
     return _finish(model, source)
 
@@ -60,6 +62,13 @@ def _set(model: PreTrainedModel, name: str, value: torch.Tensor, dtype: torch.dt
     if value.is_floating_point():
         value = value.to(parameter_dtype(model, name, dtype))
     set_parameter(model, name, value, trainable and value.is_floating_point())
+
+
+def _get(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A parameter's or buffer's values."""
+    owner, _, leaf = name.rpartition(".")
+    value: torch.Tensor = getattr(model.get_submodule(owner), leaf)
+    return value.detach()
 
 
 def _finish(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from functools import cached_property
 from pathlib import Path
 
@@ -111,6 +112,10 @@ class GGUFSource(ModelSource):
         # A copy: plain types come back as views of the read-only mapping.
         tensor = torch.from_numpy(np.array(values, np.float32).reshape(entry.shape))
         return self._unpermuted(name, tensor) if self._architecture.has_permuted_rotary else tensor
+
+    def release(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # nothing is ever written to the map, so nothing is lost
+            self._mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def _unpermuted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Query and key rows back from llama.cpp's interleaved pairs to halves.

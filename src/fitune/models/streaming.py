@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fitune.errors import InputError
+from fitune.hardware import memory
+from fitune.quant.direct_reads import DirectReads, NoDirectReadsError
 from fitune.quant.mapped_pages import MappedPages, give_back, is_mapped, spans_of
 from fitune.quant.parameter import QuantisedParameter
 from fitune.quant.stream import Carrier, LayerStream, layer_groups
@@ -17,12 +19,12 @@ Groups = Sequence[Sequence[QuantisedParameter]]
 
 
 def stream_layers(
-    model: PreTrainedModel, resident_layers: int, carrier: Callable[[Groups], Carrier] = MappedPages
+    model: PreTrainedModel, resident_layers: int, carrier: Callable[[Groups], Carrier] | None = None
 ) -> LayerStream:
     """Has all but `resident_layers` of a model's quantised layers come from its store when they are computed.
 
-    `carrier` brings them: into memory, or (`StagedCopies`) to a device. Embeddings and head, where they are mapped
-    too, are let go after each use.
+    `carrier` brings them: into memory (None: through the system's file cache where it can hold them, or past it), or
+    (`StagedCopies`) to a device. Embeddings and head, where they are mapped too, are let go after each use.
     Raises InputError for a model without quantised layers, FituneError where they are not mapped.
     """
     groups = layer_groups(model)
@@ -31,7 +33,7 @@ def stream_layers(
             "is for frozen weights in 4 bits, and this model has none; take method qlora, or leave it out",
             where="train.resident_layers",
         )
-    stream = LayerStream(groups, carrier(groups), resident_layers)
+    stream = LayerStream(groups, (carrier or disk_carrier)(groups), resident_layers)
     spans = spans_of(end_tensors(model))
 
     def used(*_: Any) -> None:
@@ -43,6 +45,18 @@ def stream_layers(
             module.register_forward_hook(used)
     used()
     return stream
+
+
+def disk_carrier(groups: Groups) -> Carrier:
+    """Through the file cache where the memory that is left can hold all layers; else past it, where that can be."""
+    size = sum(tensor.nbytes for group in groups for parameter in group for tensor in parameter.own_tensors())
+    _, available = memory()
+    if size > available:
+        try:
+            return DirectReads(groups)
+        except NoDirectReadsError:  # slower, nothing else
+            pass
+    return MappedPages(groups)
 
 
 def end_tensors(model: PreTrainedModel) -> list[Tensor]:

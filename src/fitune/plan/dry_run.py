@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -25,12 +25,12 @@ from transformers import PretrainedConfig
 from fitune.config.schema import RunConfig
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
-from fitune.kernels.rooms import a_step, rooms
+from fitune.kernels.rooms import Rooms, a_step, rooms
 from fitune.plan.anatomy import WHOLE, Anatomy, Layers
 from fitune.plan.device_workspaces import DeviceWorkspaces
 from fitune.plan.even_routing import EvenRouting
 from fitune.plan.layer_watch import LayerWatch, even_out, layer_modules
-from fitune.plan.live_bytes import LiveBytes, Stretch
+from fitune.plan.live_bytes import LiveBytes, Stretch, Stretches
 from fitune.plan.parts import Parts, settle_parts, use_parts
 from fitune.plan.small_model import small_model
 from fitune.step.fresh_states import FRESH
@@ -40,6 +40,9 @@ from fitune.step.paged_optimizer import paged_bytes
 
 # Of a gradient, a scaled one, two moments.
 UPDATE_SLICES = 4
+# Of what a pass saves on the heap, so much is resident beside what takes its place: 0.34 to 0.68 in six runs of full
+# fine-tuning (docs/log.md, "rooms in the plan"). Gradients do not fit the gaps that saved tensors leave.
+HOLES = 0.45
 PROBE_STEPS = 3
 PROBE_SECONDS = 10.0
 PROBE_LAYERS = 5  # so many at least, that what one layer costs stands out from the noise
@@ -73,6 +76,7 @@ class StepMemory:
         peak: the most alive at one time, optimizer states included.
         resident: the most that memory is held for at one time; on the CPU more than is alive.
         resident_operator: what ran then.
+        in_rooms: what of it the native kernels' results lie in.
         parts: the fused parts it was measured with.
         disk: optimizer states and gradients that lie in a file.
     """
@@ -83,6 +87,7 @@ class StepMemory:
     resident: int
     resident_operator: str
     parts: Parts
+    in_rooms: int = 0
     disk: int = 0
 
 
@@ -128,54 +133,69 @@ def _dry_run(
 ) -> StepMemory | None:  # fmt: skip
     """None where nothing can be concluded from the layers kept."""
     model, plain_attention = small_model(run, config, layers, dtype, backend, filled=False)
-    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    mode, own_rooms = FakeTensorMode(allow_non_fake_inputs=True), Rooms(lambda size: object())
+    live = LiveBytes(own_rooms if device is None and backend == "native" else None)
     _make_parameters_fake(model.graph, mode)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
     paged = run.train.optimizer_states == "disk"
     if paged:
         _drop_gradients(model.trainable)
-    watch = LayerWatch(layer_modules(model.graph, layers), live.stretch)
+    watch = LayerWatch(layer_modules(model.graph, layers), live.stretches)
     with mode, EvenRouting(anatomy.expert_counts), live, device or nullcontext():
         parts = settle_parts(model, plain_attention, lambda: watch.run(lambda: _loss(model, shape)))
         _update(optimizer)  # where there are no gradients it makes no states
         states = live.current + _missing_states_bytes(optimizer, anatomy)
         if device is not None and device.sharded:
             _drop_gradients(model.trainable)
+        own_rooms.clear()
         live.reset_peak()
-        alive: list[Stretch] = []
-        resident: list[Stretch] = []
-        saved: list[int] = []
+        passes = []
         for _ in range(min(run.train.accumulation, 2)):  # later micro-batches find the gradients of those before
-            passes = watch.run(lambda: _loss(model, shape)).whole(layers)
-            if passes is None:
+            found = watch.run(lambda: _loss(model, shape))
+            whole = found.whole(layers)
+            if whole is None:
                 return None
-            alive += [*passes[0], *passes[1]]
-            found_again = [Stretch(-saved[-1], 0, "")] if saved else []
-            resident += [*found_again, *passes[0], *_lasting(*passes)]
-            saved.append(sum(stretch.change for stretch in passes[0]))
+            passes.append(_Passes(*whole, [stretches for _, stretches in found.forward]))
         _update(optimizer)
-        alive.append(live.stretch())
-    peak, operator = _highest(states, alive)
-    held, held_operator = (peak, operator) if device is not None else _highest(states, [*resident, alive[-1]])
+        update = live.stretches()
+    saved = sum(stretch.all.change for stretch in passes[0].forward)
+    peak, operator = _highest(states, [*(one.all for p in passes for one in (*p.forward, *p.backward)), update.all])
+    held, held_operator, in_rooms = peak, operator, 0
+    if device is None:
+        in_rooms = own_rooms.held_bytes + _further(passes[0])
+        outside, held_operator = _outside(states, passes, update)
+        held = in_rooms + outside
     disk = 0
     if paged:
         # A slice of a gradient on its way to the file; and, when nothing else is there, slices of all of the update.
         slice_bytes = 4 * min(SLICE, max(prod(shape) for shape in anatomy.trained))
         peak, held = (max(value + slice_bytes, UPDATE_SLICES * slice_bytes) for value in (peak, held))
         disk = _on_disk_bytes(run, anatomy)
-    return StepMemory(states, saved[0], peak, held, held_operator, parts, disk)
+    return StepMemory(states, saved, peak, held, held_operator, parts, in_rooms, disk)
 
 
-def _lasting(forward: list[Stretch], backward: list[Stretch]) -> list[Stretch]:
-    """The backward pass of a process in which what the forward pass saved stays resident until the step is done.
+@dataclass(frozen=True)
+class _Passes:
+    """A micro-batch's stretches: of the whole model, and of the layers that were kept of it."""
 
-    So it is on the CPU: rooms wait for the next step, and gradients do not fit the holes that a heap is left with
-    (docs/log.md, "holes in the backward pass"). Layers that need no gradient save nothing.
-    """
-    last_first = [stretch.change for stretch in reversed(forward)]
-    return [
-        replace(stretch, change=stretch.change + saved) for stretch, saved in zip(backward, last_first, strict=False)
-    ]
+    forward: list[Stretches]
+    backward: list[Stretches]
+    kept_forward: list[Stretches]
+
+
+def _further(passes: _Passes) -> int:
+    """Of rooms that layers need beyond those that were run: each has what it saves; the rest is used again."""
+    return sum(one.in_rooms.change for one in passes.forward) - sum(
+        one.in_rooms.change for one in passes.kept_forward
+    )
+
+
+def _outside(states: int, passes: list[_Passes], update: Stretches) -> tuple[int, str]:
+    """The most that is held outside of rooms, and what ran then: what is alive, and holes that saved ones leave."""
+    on_heap = sum(one.outside.change for one in passes[0].forward)
+    step = [one.outside for passed in passes for one in (*passed.forward, *passed.backward)]
+    alive, operator = _highest(states, [*step, update.outside])
+    return alive + round(HOLES * on_heap), operator
 
 
 def _on_disk_bytes(run: RunConfig, anatomy: Anatomy) -> int:

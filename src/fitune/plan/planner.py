@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,9 +19,9 @@ from fitune.plan.levers import Choice
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.quant.stream import resident_groups
 
-# What a run holds besides what planning leaves behind, in four runs of two models: the objects of the whole model 20
-# to 40 MB, the threads' workspaces and the small tensors of its steps 25 to 40 MB (docs/log.md, "what is left over").
-RUN_BYTES = 50_000_000
+# What a run holds besides what planning leaves behind: the objects of the whole model, threads' workspaces, small
+# tensors; 3 to 45 MB in six runs of two models (docs/log.md, "rooms in the plan").
+RUN_BYTES = 25_000_000
 # Linux brings in so much of a mapped file around what is touched (fault_around_bytes, its default).
 FAULT_BYTES = 1 << 16
 
@@ -233,7 +234,9 @@ def _untouched_bytes(run: RunConfig, anatomy: Anatomy, workload: Workload) -> in
     """Of a table of embeddings that is mapped from a store: rows of tokens that the data do not have."""
     if run.method != "qlora" or run.train.resident_layers is not None or workload.distinct_tokens is None:
         return 0
-    return max(0, anatomy.end_bytes - workload.distinct_tokens * FAULT_BYTES)
+    stretches = max(1, anatomy.end_bytes // FAULT_BYTES)
+    share = 1 - math.exp(-workload.distinct_tokens / stretches)  # of them has a token, where tokens lie anywhere
+    return round(anatomy.end_bytes * (1 - share))
 
 
 def _streaming(run: RunConfig, anatomy: Anatomy, choices: tuple[Choice, ...]) -> tuple[Item, ...]:

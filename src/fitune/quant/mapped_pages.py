@@ -10,6 +10,7 @@ import ctypes
 import mmap
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -97,26 +98,48 @@ def check_mapped(spans: Iterable[Span]) -> None:
 
 def _outside(spans: Sequence[Span]) -> list[Span]:
     """Those that do not lie in mapped files as a whole."""
-    files = _file_mappings()
+    files = _joined(file_mappings())
     return [span for span in spans if not any(start <= span[0] and span[1] <= end for start, end in files)]
 
 
-def _file_mappings() -> list[Span]:
-    """Addresses where this process has files mapped; adjacent mappings are joined. Empty where Linux does not say."""
+@dataclass(frozen=True)
+class FileMapping:
+    """Addresses where this process has a part of a file mapped.
+
+    Attributes:
+        offset: in the file, of what lies at `start`.
+    """
+
+    start: int
+    end: int
+    offset: int
+    inode: int
+    path: str
+
+
+def file_mappings() -> list[FileMapping]:
+    """All of this process, in order of their addresses. Empty where Linux does not say."""
     try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return []
-    joined: list[Span] = []
+    found = []
     for line in lines:
-        addresses, _, _, _, inode, *path = line.split(maxsplit=5)
-        if inode == "0" or (path and path[0].startswith("/dev/")):
-            continue
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        if joined and start == joined[-1][1]:
-            joined[-1] = (joined[-1][0], end)
+        addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
+        if inode != "0" and not (path and path[0].startswith("/dev/")):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found.append(FileMapping(start, end, int(offset, 16), int(inode), path[0] if path else ""))
+    return found
+
+
+def _joined(mappings: Iterable[FileMapping]) -> list[Span]:
+    """Adjacent ones are one span."""
+    joined: list[Span] = []
+    for mapping in mappings:
+        if joined and mapping.start == joined[-1][1]:
+            joined[-1] = (joined[-1][0], mapping.end)
         else:
-            joined.append((start, end))
+            joined.append((mapping.start, mapping.end))
     return joined
 
 

@@ -11,32 +11,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fitune.quant.parameter import QuantisedParameter, StoredTensors
+from fitune.quant.placed import Place
 
 # CUDA allocates at this alignment, and vectorised loads ask for less.
 ALIGNMENT_BYTES = 256
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in its group's buffer."""
-
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def of(self, buffer: Tensor) -> Tensor:
-        return buffer[self.start : self.start + self.size_bytes].view(self.dtype).view(self.shape)
 
 
 class StagedCopies:
@@ -50,7 +34,7 @@ class StagedCopies:
     def __init__(self, groups: Sequence[Sequence[QuantisedParameter]], device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._groups = groups
-        self._places: dict[int, tuple[int, list[_Place]]] = {}
+        self._places: dict[int, tuple[int, list[Place]]] = {}
         self._sizes = [self._lay_out(number, group) for number, group in enumerate(groups)]
         largest = max(self._sizes, default=0)
         self._locked = torch.empty(largest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -67,7 +51,7 @@ class StagedCopies:
         for parameter in group:
             places = []
             for tensor in parameter.own_tensors():
-                places.append(_Place(end, tuple(tensor.shape), tensor.dtype))
+                places.append(Place(end, tuple(tensor.shape), tensor.dtype))
                 end += -(-places[-1].size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             self._places[id(parameter)] = number, places
         return end

@@ -90,9 +90,9 @@ class LayerStream:
         self.mistaken += group not in self._here
         self._after[self._before, self._current] = group
         self._before, self._current = self._current, group
-        self._carrier.wait(group)
-        for other in self._here - self.staying - {group}:
+        for other in self._here - self.staying - {group}:  # first, so that no more than two are ever here
             self._carrier.drop(other)
+        self._carrier.wait(group)
         self._here = (self._here & self.staying) | {group}
         following = self._following()
         if following is not None and following not in self._here:
