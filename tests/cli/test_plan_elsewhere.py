@@ -71,6 +71,33 @@ def test_what_would_fit_is_written_as_it_is_typed() -> None:
     assert "with method=qlora 2.00 GB are missing" in nearest_sentence(NearestFit(("method=qlora",), 5, 2 * 10**9))
 
 
+@pytest.mark.parametrize(
+    ("machine", "method", "others"),
+    [("24GB", "lora", set()), ("900MB", "qlora", {"train.recompute"})],
+)
+def test_settings_are_chosen_for_another_machine(machine: str, method: str, others: set[str]) -> None:
+    """What is chosen fits there with the margin; what costs time is chosen only where memory asks for it."""
+    facts = facts_of("plan", "bundled", "--memory", machine, "method=auto", "data.max_tokens=512")
+    assert facts["method"] == method
+    chosen = {choice["setting"]: choice["value"] for choice in facts["choices"]}
+    assert chosen.keys() == {"method"} | others
+    assert 1.05 * facts["peak_bytes"] <= facts["budget_bytes"] == facts["available_bytes"]
+    settings = {item["name"]: item for item in facts["settings"]}
+    assert settings["recompute"]["origin"] == ("budget" if others else "default")
+    named = [f"{name}={value}" for name, value in chosen.items()]
+    again = facts_of("plan", "bundled", "--memory", machine, *named, "data.max_tokens=512")
+    assert again["peak_bytes"] == facts["peak_bytes"]
+
+
+def test_a_budget_on_another_machine(workplace: Path) -> None:
+    whole = facts_of("plan", workplace / "run.yaml", "--on", "cpu:64GB", "memory=auto")
+    assert whole["budget_bytes"] == 64 * 10**9
+    assert not whole["choices"]
+    small = facts_of("plan", workplace / "run.yaml", "--on", "cpu:64GB", "memory=850MB")
+    assert small["budget_bytes"] == 850 * 10**6 >= 1.05 * small["peak_bytes"]
+    assert small["choices"]
+
+
 def test_a_run_file_is_planned_for_another_machine(workplace: Path) -> None:
     facts = facts_of("plan", workplace / "run.yaml", "--on", "rtx3060")
     assert facts["fits"]
@@ -93,8 +120,8 @@ def test_a_run_file_is_planned_for_another_machine(workplace: Path) -> None:
         (("--count", "2"), "add --on CARD or --memory SIZE"),
         (("--table", "--on", "rtx4090"), "is over many machines"),
         (("--table", "method=lora", "lora.rank=8"), "chooses method itself"),
-        (("--on", "rtx4090", "method=auto"), "method: settings are chosen for this machine only"),
-        (("--on", "cpu:64GB", "memory=8GB"), "memory: settings are chosen for this machine only"),
+        (("--on", "rtx3060", "method=auto", "memory=64GB"), "memory: 64GB is more than the 12.88 GB of rtx3060"),
+        (("--memory", "400MB", "method=auto"), "memory: 0.40 GB are too few: the least that this run takes is "),
         (("--table", "memory=8GB"), "chooses memory itself"),
         (("--on", "rtx4090", "train.compute=int8"), "int8 is for processors with VNNI"),
     ],

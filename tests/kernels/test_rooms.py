@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from fitune.kernels import rooms as room_file
-from fitune.kernels.rooms import SMALLEST_BYTES, a_step, empty, rooms
+from fitune.kernels.rooms import HUGE_BYTES, SMALLEST_BYTES, a_step, empty, private_memory, rooms
 
 SIZE = 4 * SMALLEST_BYTES
 
@@ -112,3 +113,19 @@ def test_shapes_and_types_are_as_asked() -> None:
     assert made.dtype == torch.bfloat16
     assert made.is_contiguous()
     assert not made._is_view()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux says what memory is")
+def test_memory_is_this_process_own_and_in_large_pages_where_there_are_any() -> None:
+    memory = private_memory(8 * HUGE_BYTES)
+    address = torch.frombuffer(memory, dtype=torch.uint8).fill_(1).data_ptr()
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        start, _, rest = line.partition("-")
+        if rest and ":" not in start and int(start, 16) <= address < int(rest.split()[0], 16):
+            break
+    assert rest.split()[1].endswith("p")  # private
+    facts = {name: words.split()[0] for name, _, words in (next(lines).partition(":") for _ in range(20))}
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if enabled.is_file() and "[never]" not in enabled.read_text():
+        assert int(facts["AnonHugePages"]) * 1024 >= 4 * HUGE_BYTES

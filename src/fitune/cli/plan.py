@@ -13,6 +13,7 @@ from fitune.errors import InputError
 if TYPE_CHECKING:
     from fitune.config.schema import RunConfig
     from fitune.models.source import ModelSource
+    from fitune.plan.levers import Choice
     from fitune.plan.machines import Machine
     from fitune.plan.planner import Plan, Workload
 
@@ -122,25 +123,38 @@ def _plan_elsewhere(run: str, overrides: list[str], machine: Machine, as_json: b
     """The plan for a machine that is not this one, and what would fit there where it does not."""
     from fitune.cli.output import print_warnings
     from fitune.cli.plan_elsewhere_page import show_elsewhere
-    from fitune.plan.elsewhere import check_elsewhere, plan_for
+    from fitune.plan.budget import is_wanted
+    from fitune.plan.chosen_elsewhere import choose_for
+    from fitune.plan.elsewhere import plan_for
     from fitune.train.loop import learning_rate
 
     assumed = None
     if is_run_file(run):
         from fitune import config
-        from fitune.train.run import prepare_run
+        from fitune.train.run import prepare_run, workload_of
 
-        asked = config.load(Path(run), overrides)
-        check_elsewhere(asked)
-        prepared = prepare_run(asked)
-        settings, source, workload = prepared.config, prepared.source, prepared.workload
+        prepared = prepare_run(config.load(Path(run), overrides), choose=False)
+        settings, source = prepared.config, prepared.source
         print_warnings(source.warnings())
+
+        def workload(chosen: RunConfig) -> Workload:
+            return workload_of(prepared, chosen)
     else:
         source, settings = _opened(run, overrides)
-        check_elsewhere(settings)
-        workload, assumed = _workload(source, settings)
-    plan = plan_for(settings, source.reference, source.config, machine, workload, learning_rate(settings))
-    show_elsewhere(plan, settings, source, machine, workload, assumed, as_json)
+        assumed = _workload(source, settings)[1]
+
+        def workload(chosen: RunConfig) -> Workload:
+            return _workload(source, chosen)[0]
+
+    choices: tuple[Choice, ...] = ()
+    budget = None
+    if is_wanted(settings):
+        fitted = choose_for(settings, source.config, machine, workload)
+        settings, choices, budget = fitted.run, fitted.choices, fitted.budget_bytes
+    work = workload(settings)
+    facts = (source.reference, source.config, machine, work, learning_rate(settings))
+    plan = plan_for(settings, *facts, choices, budget)
+    show_elsewhere(plan, settings, source, machine, work, assumed, as_json)
 
 
 def is_run_file(words: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fitune.cli.output import gigabytes, print_facts, print_json
-from fitune.cli.plan_page import print_memory, settings_lines
+from fitune.cli.plan_page import print_choices, print_memory, settings_lines
 
 if TYPE_CHECKING:
     from fitune.config.schema import RunConfig
@@ -50,6 +50,7 @@ def _print_page(plan: ElsewherePlan, nearest: NearestFit | None, nearest_sharded
     several = f"{machine.count} x " if machine.count > 1 else ""
     print(f"Plan: {plan.method} on {plan.model}, for {several}{machine.name}\n")
     print_memory(plan, "on each" if several else "", machine.source)
+    print_choices(plan)
     print(f"\n{fit_sentence(plan)}")
     if plan.sharding is not None:
         _print_sharding(plan.sharding, plan)
@@ -66,7 +67,7 @@ def _print_page(plan: ElsewherePlan, nearest: NearestFit | None, nearest_sharded
 
 def fit_sentence(plan: ElsewherePlan) -> str:
     """Whether the plan fits, in numbers."""
-    left = plan.available_bytes - plan.peak_bytes
+    left = plan.limit_bytes - plan.peak_bytes
     each = " on each, which holds everything" if plan.machine.count > 1 else ""
     if left >= 0:
         return f"It fits: {gigabytes(left)} stay free{each}."

@@ -16,9 +16,7 @@ def print_plan(plan: Plan) -> None:
 
     print(f"Plan: {plan.method} on {plan.model}\n")
     print_memory(plan)
-    if plan.choices:
-        print()
-        print_facts("Chosen to stay within it", {c.setting: f"{c.value}  ({c.reason})" for c in plan.choices})
+    print_choices(plan)
     print(f"\n{fits_sentence(plan)}\n")
     lines = settings_lines(plan)
     if plan.seconds_per_step is not None:
@@ -35,6 +33,13 @@ def print_memory(plan: Plan, where: str = "", available_from: str = "machine") -
     if plan.budget_bytes is not None:
         rows.append(("budget", gigabytes(plan.budget_bytes), "you"))
     print_table((f"memory {where}".strip(), "size", "origin"), rows)
+
+
+def print_choices(plan: Plan) -> None:
+    """The settings that were chosen, and why; nothing where none were."""
+    if plan.choices:
+        print()
+        print_facts("Chosen to stay within it", {c.setting: f"{c.value}  ({c.reason})" for c in plan.choices})
 
 
 def settings_lines(plan: Plan) -> dict[str, str]:

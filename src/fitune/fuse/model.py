@@ -20,6 +20,7 @@ from fitune.fuse.narrow_copies import narrow_copies
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
 from fitune.models.graph import recompute_layers
+from fitune.process_memory import give_back_free_memory
 from fitune.quant.stream import LayerStream
 
 PROOF_TOKENS = 8
@@ -94,6 +95,8 @@ class FusedModel:
             return rows.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
         head = self.graph.get_output_embeddings()
         rows = hidden.reshape(-1, hidden.shape[-1])[before].to(self.dtype)
+        if self.stream is not None:  # the head comes now: what the last step's gradients left goes
+            give_back_free_memory()
         logprobs = token_logprobs(rows, head.weight, head.bias, targets, self.backend, self.logit_form)
         if self.stream is not None:
             self.stream.end_used()

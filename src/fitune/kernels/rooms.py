@@ -27,6 +27,7 @@ SMALLEST_BYTES = 1 << 18
 SLACK = 1.125
 GRAIN_BYTES = 1 << 16
 HUGE_BYTES = 1 << 21
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 @dataclass(slots=True)
@@ -58,7 +59,7 @@ class Rooms(threading.local):
 
     def __init__(self, make: Callable[[int], Any] | None = None) -> None:
         self.is_open = False
-        self._make = make or _mapping
+        self._make = make or private_memory
         self._sizes: list[int] = []
         self._rooms: list[_Room] = []
         self._step = 0
@@ -106,8 +107,12 @@ class Rooms(threading.local):
         self._rooms, self._sizes = [], []
 
 
-def _mapping(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size)
+def private_memory(size: int) -> mmap.mmap:
+    """Memory of this process alone, in large pages where the system has them for those who ask.
+
+    Python's own default is memory that is shared with child processes, which Linux gives in small pages.
+    """
+    memory = mmap.mmap(-1, size, **_PRIVATE)
     if size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -56,6 +56,7 @@ class Anatomy:
         frozen_bytes: weights that do not learn, and buffers.
         layer_bytes: what of them each decoder layer has in 4 bits.
         end_bytes: what of them is the table of embeddings alone, of which a step reads some rows.
+        head_bytes: what of them is the output head, tied or not.
         int8_bytes: what is kept beside them for products in int8.
         trained: shape -> how many trained tensors have it; all are float32.
         expert_counts: how many experts its mixtures have.
@@ -65,6 +66,7 @@ class Anatomy:
     frozen_bytes: int
     layer_bytes: tuple[int, ...]
     end_bytes: int
+    head_bytes: int
     int8_bytes: int
     trained: Counter[tuple[int, ...]]
     expert_counts: frozenset[int]
@@ -73,14 +75,22 @@ class Anatomy:
     def resident_bytes(self, resident_layers: int | None) -> int:
         """Of the frozen weights, where so many layers stay in memory (None: all), with one more coming and one going.
 
-        The table of embeddings is let go after each use then.
+        The table of embeddings and the head are let go after each use then: `visiting_bytes`.
         """
-        if resident_layers is None or not self.layer_bytes:
-            return self.frozen_bytes
-        staying = resident_groups(len(self.layer_bytes), resident_layers)
-        moving = sorted(size for number, size in enumerate(self.layer_bytes) if number not in staying)
+        moving = self._moving(resident_layers)
         absent = sum(moving) - sum(moving[-2:])
-        return self.frozen_bytes - absent - (self.end_bytes if moving else 0)
+        return self.frozen_bytes - absent - (self.end_bytes + self.head_bytes if moving else 0)
+
+    def visiting_bytes(self, resident_layers: int | None) -> int:
+        """What more there is while logits are made."""
+        return self.head_bytes if self._moving(resident_layers) else 0
+
+    def _moving(self, resident_layers: int | None) -> list[int]:
+        """Bytes of the layers that do not stay, the largest last."""
+        if resident_layers is None:
+            return []
+        staying = resident_groups(len(self.layer_bytes), resident_layers)
+        return sorted(size for number, size in enumerate(self.layer_bytes) if number not in staying)
 
     @property
     def trained_bytes(self) -> int:
@@ -125,9 +135,16 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         trained[rows, run.lora.rank] += 1
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
     layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
-    ends = _embedding_bytes(graph, dtype)
+    ends, head = (0, 0) if full else (_embedding_bytes(graph, dtype), _head_bytes(graph, dtype))
     return Anatomy(
-        frozen, layer_bytes, ends, int8, trained, expert_counts(config), _layers(graph, None if full else adapted)
+        frozen,
+        layer_bytes,
+        ends,
+        head,
+        int8,
+        trained,
+        expert_counts(config),
+        _layers(graph, None if full else adapted),
     )
 
 
@@ -149,6 +166,11 @@ def _embedding_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
     if not isinstance(weight, torch.Tensor) or weight is getattr(head, "weight", None):
         return 0
     return weight.numel() * dtype.itemsize
+
+
+def _head_bytes(graph: PreTrainedModel, dtype: torch.dtype) -> int:
+    weight = getattr(graph.get_output_embeddings(), "weight", None)
+    return weight.numel() * dtype.itemsize if isinstance(weight, torch.Tensor) else 0
 
 
 def _nf4_bytes(elements: int) -> int:

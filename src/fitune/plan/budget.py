@@ -105,19 +105,21 @@ def budget_bytes(run: RunConfig, hardware: Hardware, own_bytes: int) -> int:
 
 
 def fit(
-    run: RunConfig, row_tokens: int, budget: int, own_bytes: int, held: Callable[[RunConfig, int], Held]
-) -> Fitted:
+    run: RunConfig, row_tokens: int, budget: int, own_bytes: int, held: Callable[[RunConfig, int], Held],
+    allowed: Callable[[Variant], bool] = lambda variant: True,
+) -> Fitted:  # fmt: skip
     """The quickest variant whose expected peak, with a margin, is within `budget` bytes.
 
     Args:
         own_bytes: of the process before the model is there.
         held: of a variant, with rows of so many tokens.
+        allowed: which variants there are on the machine in question.
 
     Raises InputError where none is: what is missing, and which length of rows would fit.
     """
     smallest: tuple[int, Variant] | None = None
     known: dict[str, Held] = {}
-    for variant in variants(run, row_tokens):
+    for variant in filter(allowed, variants(run, row_tokens)):
         key = repr((variant.run.method, variant.run.train))
         if key not in known:
             known[key] = held(variant.run, row_tokens)

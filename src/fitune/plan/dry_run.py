@@ -77,6 +77,7 @@ class StepMemory:
         resident: the most that memory is held for at one time; on the CPU more than is alive.
         resident_operator: what ran then.
         in_rooms: what of it the native kernels' results lie in.
+        at_head: the most that is held until the logits are done; `resident` is of all of the step.
         parts: the fused parts it was measured with.
         disk: optimizer states and gradients that lie in a file.
     """
@@ -88,6 +89,7 @@ class StepMemory:
     resident_operator: str
     parts: Parts
     in_rooms: int = 0
+    at_head: int = 0
     disk: int = 0
 
 
@@ -160,18 +162,21 @@ def _dry_run(
         update = live.stretches()
     saved = sum(stretch.all.change for stretch in passes[0].forward)
     peak, operator = _highest(states, [*(one.all for p in passes for one in (*p.forward, *p.backward)), update.all])
-    held, held_operator, in_rooms = peak, operator, 0
+    held, held_operator, in_rooms, at_head = peak, operator, 0, peak
     if device is None:
         in_rooms = own_rooms.held_bytes + _further(passes[0])
-        outside, held_operator = _outside(states, passes, update)
-        held = in_rooms + outside
+        on_heap = [one.outside for passed in passes for one in (*passed.forward, *passed.backward)]
+        outside, held_operator = _highest(states, [*on_heap, update.outside])
+        until_logits, _ = _highest(states, on_heap[: len(on_heap) - len(passes[-1].backward) + 1])
+        holes = round(HOLES * sum(one.outside.change for one in passes[0].forward))
+        held, at_head = in_rooms + outside + holes, in_rooms + until_logits + holes
     disk = 0
     if paged:
         # A slice of a gradient on its way to the file; and, when nothing else is there, slices of all of the update.
         slice_bytes = 4 * min(SLICE, max(prod(shape) for shape in anatomy.trained))
         peak, held = (max(value + slice_bytes, UPDATE_SLICES * slice_bytes) for value in (peak, held))
         disk = _on_disk_bytes(run, anatomy)
-    return StepMemory(states, saved, peak, held, held_operator, parts, in_rooms, disk)
+    return StepMemory(states, saved, peak, held, held_operator, parts, in_rooms, at_head, disk)
 
 
 @dataclass(frozen=True)
@@ -188,14 +193,6 @@ def _further(passes: _Passes) -> int:
     return sum(one.in_rooms.change for one in passes.forward) - sum(
         one.in_rooms.change for one in passes.kept_forward
     )
-
-
-def _outside(states: int, passes: list[_Passes], update: Stretches) -> tuple[int, str]:
-    """The most that is held outside of rooms, and what ran then: what is alive, and holes that saved ones leave."""
-    on_heap = sum(one.outside.change for one in passes[0].forward)
-    step = [one.outside for passed in passes for one in (*passed.forward, *passed.backward)]
-    alive, operator = _highest(states, [*step, update.outside])
-    return alive + round(HOLES * on_heap), operator
 
 
 def _on_disk_bytes(run: RunConfig, anatomy: Anatomy) -> int:

@@ -26,6 +26,7 @@ from fitune.plan.anatomy import Anatomy, read_anatomy
 from fitune.plan.computation import choose_computation
 from fitune.plan.device_workspaces import DeviceWorkspaces
 from fitune.plan.dry_run import StepMemory, step_memory
+from fitune.plan.levers import Choice
 from fitune.plan.machines import Machine
 from fitune.plan.planner import RUN_BYTES, Item, Plan, Workload, make_plan, parts_at_peak, resolved_settings, shape_of
 from fitune.plan.sharding import Sharding, shard
@@ -86,24 +87,26 @@ class GpuMemory:
 
 
 def plan_for(
-    run: RunConfig, model: str, config: PretrainedConfig, machine: Machine, workload: Workload, learning_rate: float
+    run: RunConfig, model: str, config: PretrainedConfig, machine: Machine, workload: Workload, learning_rate: float,
+    choices: tuple[Choice, ...] = (), budget_bytes: int | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a run on `machine`; without times. An `ElsewherePlan`.
+
+    `choices`: what of it was chosen (chosen_elsewhere.py) to stay within `budget_bytes`.
 
     On several GPUs every one takes a micro-batch of its own and holds everything (data parallelism); `sharding` says
     what it takes when weights, gradients and states are spread.
 
     Raises InputError for settings that a GPU has not, FituneError for a model whose step cannot be dry-run.
     """
-    check_elsewhere(run)
     if run.train.resident_layers is not None and machine.kind == "gpu":
         raise InputError("layers come from the disk on a CPU only; leave it out", where="train.resident_layers")
     if machine.kind == "cpu":
-        return _plan_on_cpu(run, model, config, machine, workload, learning_rate)
+        return _plan_on_cpu(run, model, config, machine, workload, learning_rate, choices, budget_bytes)
     dtype, reason = gpu_dtype(run, machine)
     memory = gpu_memory(run, config, workload, dtype)
     anatomy, step = memory.anatomy, memory.step
-    gradients, saved, workspace = parts_at_peak(step, anatomy.trained_bytes)
+    gradients, saved, workspace = parts_at_peak(step, step.resident, anatomy.trained_bytes)
     decoded = min(memory.largest_decoded, workspace) if "frozen_product" in step.resident_operator else 0
     items = (
         Item("frozen weights", anatomy.frozen_bytes, "bytes", "model"),
@@ -117,14 +120,15 @@ def plan_for(
         Item("CUDA context, cuBLAS", CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES, "bytes", "published"),
     )
     settings = (
-        *resolved_settings(run, workload, learning_rate),
+        *resolved_settings(run, workload, learning_rate, {choice.setting for choice in choices}),
         Item("computation", reason, "", "machine"),
         Item("devices", machine.count, "", "you"),
     )
     sharding = sharding_on(machine, run, config, workload) if machine.count > 1 else None
     return ElsewherePlan(
         model, run.method, memory.peak_bytes, machine.memory_bytes, None, None, step.resident_operator, items,
-        settings, machine=machine, sharding=sharding, notes=tuple(_gpu_notes(run, anatomy, machine)),
+        settings, choices, budget_bytes, machine=machine, sharding=sharding,
+        notes=tuple(_gpu_notes(run, anatomy, machine)),
     )  # fmt: skip
 
 
@@ -134,13 +138,6 @@ def sharding_on(machine: Machine, run: RunConfig, config: PretrainedConfig, work
     memory = gpu_memory(run, config, workload, dtype, sharded=True)
     process_bytes = CUDA_CONTEXT_BYTES + BLAS_WORKSPACE_BYTES
     return shard(run, config, memory.anatomy, memory.step, dtype, machine, process_bytes, ALLOCATOR_SHARE)
-
-
-def check_elsewhere(run: RunConfig) -> None:
-    """Raises InputError for a run whose settings are to be chosen: that is done for the machine it runs on."""
-    if run.method == "auto" or run.memory is not None:
-        setting = "method" if run.method == "auto" else "memory"
-        raise InputError("settings are chosen for this machine only; name a method and no budget", where=setting)
 
 
 def gpu_dtype(run: RunConfig, machine: Machine) -> tuple[torch.dtype, str]:
@@ -206,12 +203,15 @@ def _gb(count: int) -> str:
 
 
 def _plan_on_cpu(
-    run: RunConfig, model: str, config: PretrainedConfig, machine: Machine, workload: Workload, learning_rate: float
+    run: RunConfig, model: str, config: PretrainedConfig, machine: Machine, workload: Workload, learning_rate: float,
+    choices: tuple[Choice, ...], budget_bytes: int | None,
 ) -> Plan:  # fmt: skip
     hardware = detect()
     computation = choose_computation(run, hardware)
     there = replace(hardware, memory_bytes=machine.memory_bytes, available_bytes=machine.memory_bytes)
-    plan = make_plan(run, model, config, computation, there, workload, learning_rate, with_time=False)
+    plan = make_plan(
+        run, model, config, computation, there, workload, learning_rate, False, choices, budget_bytes
+    )  # fmt: skip
     fields: dict[str, Any] = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
     fields["available_bytes"] = machine.memory_bytes
     notes = (

@@ -111,14 +111,21 @@ class RunMemory:
     def layers(self) -> int:
         return len(self.anatomy.layer_bytes)
 
-    def weights(self, resident_layers: int | None) -> int:
-        """Bytes of all weights, where so many layers' frozen ones stay (None: all)."""
-        anatomy = self.anatomy
-        return anatomy.resident_bytes(resident_layers) + anatomy.int8_bytes + anatomy.trained_bytes
+    def at_peak(self, resident_layers: int | None) -> tuple[int, int]:
+        """Bytes of all weights, where so many layers' frozen ones stay (None: all), and of the step, at its peak.
+
+        Where weights come and go that is when the logits are made, for which the head is there, or later.
+        """
+        anatomy, step = self.anatomy, self.step
+        weights = anatomy.resident_bytes(resident_layers) + anatomy.int8_bytes + anatomy.trained_bytes
+        visiting = anatomy.visiting_bytes(resident_layers)
+        if visiting and visiting + step.at_head > step.resident:
+            return weights + visiting, step.at_head
+        return weights, step.resident
 
     def bytes(self, resident_layers: int | None) -> int:
         """At the peak of a step."""
-        return self.weights(resident_layers) + self.step.resident
+        return sum(self.at_peak(resident_layers))
 
 
 def shape_of(run: RunConfig, workload: Workload, row_tokens: int | None = None) -> Shape:
@@ -139,11 +146,11 @@ def _origin(name: str, given: Collection[str]) -> str:
     return "you" if name in given else "default"
 
 
-def parts_at_peak(step: StepMemory, trained_bytes: int) -> tuple[int, int, int]:
-    """Gradients, saved activations and workspaces at the peak, where not all of each need be alive."""
-    saved = min(step.saved, step.resident - step.optimizer)
-    gradients = 0 if step.disk else min(trained_bytes, step.resident - step.optimizer - saved)
-    return gradients, saved, step.resident - step.optimizer - saved - gradients
+def parts_at_peak(step: StepMemory, held: int, trained_bytes: int) -> tuple[int, int, int]:
+    """Gradients, saved activations and workspaces when the step holds so much: not all of each need be alive."""
+    saved = min(step.saved, held - step.optimizer)
+    gradients = 0 if step.disk else min(trained_bytes, held - step.optimizer - saved)
+    return gradients, saved, held - step.optimizer - saved - gradients
 
 
 def resolved_settings(
@@ -189,22 +196,22 @@ def make_plan(
     anatomy, step = held.anatomy, held.step
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
     untouched = _untouched_bytes(run, anatomy, workload)
-    frozen = anatomy.resident_bytes(run.train.resident_layers) - untouched
-    weights = held.weights(run.train.resident_layers) - untouched
+    weights, of_step = held.at_peak(run.train.resident_layers)
+    weights -= untouched
     seconds = None
     # The probe is a real step of a few layers: it must not take more than the run.
     probed = [
         layers for layers in range(PROBE_LAYERS, 0, -1)
-        if run.train.resident_layers is None or probe_bytes(anatomy, step, layers) <= weights + step.resident
+        if run.train.resident_layers is None or probe_bytes(anatomy, step, layers) <= weights + of_step
     ]  # fmt: skip
-    if with_time and probed and weights + step.resident <= hardware.available_bytes:
+    if with_time and probed and weights + of_step <= hardware.available_bytes:
         seconds = step_seconds(*arguments, step.parts, probed[0]) * run.train.accumulation
     gc.collect()
     give_back_free_memory()
     overhead = resident_bytes() + RUN_BYTES
-    gradients, saved, workspace = parts_at_peak(step, anatomy.trained_bytes)
+    gradients, saved, workspace = parts_at_peak(step, of_step, anatomy.trained_bytes)
     memory = (
-        Item("frozen weights", frozen, "bytes", "model"),
+        Item("frozen weights", weights - anatomy.int8_bytes - anatomy.trained_bytes, "bytes", "model"),
         *((Item("int8 scales, columns", anatomy.int8_bytes, "bytes", "derived"),) if anatomy.int8_bytes else ()),
         Item("trained weights", anatomy.trained_bytes, "bytes", "derived"),
         Item("gradients", gradients, "bytes", "derived"),
@@ -213,7 +220,7 @@ def make_plan(
         Item("workspaces, logits", workspace, "bytes", "dry run"),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
-    peak = overhead + weights + step.resident
+    peak = overhead + weights + of_step
     whole = None
     if seconds is not None and workload.tokens:
         whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from fitune.errors import FituneError
+from fitune.kernels.rooms import HUGE_BYTES, private_memory
 from fitune.quant.mapped_pages import FileMapping, Span, check_mapped, file_mappings, give_back, spans_of
 from fitune.quant.parameter import QuantisedParameter, StoredTensors
 from fitune.quant.placed import Place
-
-HUGE_PAGE_BYTES = 1 << 21
-_HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 class NoDirectReadsError(FituneError):
@@ -144,11 +142,8 @@ def _place(tensor: Tensor, spans: Iterable[Span]) -> Place:
 
 
 def _buffer(size: int) -> Tensor:
-    """Of whole pages, large ones where the system has them."""
-    room = mmap.mmap(-1, -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
-    if _HUGE_PAGES is not None:
-        room.madvise(_HUGE_PAGES)
-    return torch.frombuffer(room, dtype=torch.uint8)
+    """Of whole large pages."""
+    return torch.frombuffer(private_memory(-(-size // HUGE_BYTES) * HUGE_BYTES), dtype=torch.uint8)
 
 
 def _fill(buffer: Tensor, reads: Sequence[_Read]) -> None:

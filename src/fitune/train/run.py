@@ -130,16 +130,22 @@ def prepare_run(config: RunConfig, choose: bool = True, with_time: bool = True) 
 def _fitted(prepared: Prepared, with_time: bool) -> Prepared:
     """The same with settings chosen so that the run stays within its budget."""
 
-    def rows_of(run: RunConfig) -> Rows:
-        return replace(prepared.rows, micro_batch=run.train.micro_batch, accumulation=run.train.accumulation)
-
     source = prepared.source
     config, plan = plan_within(
         prepared.config, source.reference, source.config, prepared.computation, prepared.hardware,
-        lambda run: _workload(run, rows_of(run)), learning_rate, with_time,
+        lambda run: workload_of(prepared, run), learning_rate, with_time,
     )  # fmt: skip
-    rows = rows_of(config)
+    rows = _rows_of(prepared, config)
     return replace(prepared, config=config, rows=rows, workload=_workload(config, rows), plan=plan)
+
+
+def workload_of(prepared: Prepared, run: RunConfig) -> Workload:
+    """The same data with other settings of the run."""
+    return _workload(run, _rows_of(prepared, run))
+
+
+def _rows_of(prepared: Prepared, run: RunConfig) -> Rows:
+    return replace(prepared.rows, micro_batch=run.train.micro_batch, accumulation=run.train.accumulation)
 
 
 def resumed(config: RunConfig, folder: RunFolder) -> RunConfig:
