@@ -230,9 +230,8 @@ def test_a_file_that_was_replaced_is_not_read_past_the_cache(tmp_path: Path) -> 
     groups = layer_groups(_model(tmp_path))
     direct_reads(groups)
     path = tmp_path / "up0.safetensors"
-    other = tmp_path / "other"
-    other.write_bytes(path.read_bytes())
-    other.replace(path)
+    save_file(quantise(torch.randn(96, 64), "reference").serialised("w"), tmp_path / "other")
+    (tmp_path / "other").replace(path)
     with pytest.raises(NoDirectReadsError):
         DirectReads(groups)
 

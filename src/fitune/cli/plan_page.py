@@ -52,9 +52,11 @@ def fits_sentence(plan: Plan) -> str:
     left = plan.limit_bytes - plan.peak_bytes
     if left >= 0:
         return f"It fits: {gigabytes(left)} stay free."
+    full = "train.optimizer=adamw8bit; train.optimizer_states=disk; or method lora or qlora"
+    smaller = full if plan.method == "full" else "lora.rank; or method qlora"
     return (
-        f"It does not fit: {gigabytes(-left)} are missing. Smaller: train.micro_batch, data.max_tokens, lora.rank; "
-        "train.recompute=layers; or method qlora. memory=auto chooses what fits"
+        f"It does not fit: {gigabytes(-left)} are missing. Smaller: train.micro_batch, data.max_tokens; "
+        f"train.recompute=layers; {smaller}. memory=auto chooses what fits"
     )
 
 

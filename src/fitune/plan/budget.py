@@ -35,7 +35,9 @@ def plan_within(
     budget = budget_bytes(run, hardware, own)
 
     def held(variant: RunConfig, row_tokens: int) -> RunMemory:
-        return run_memory(variant, config, computation, shape_of(variant, workload_of(variant), row_tokens))
+        workload = workload_of(variant)
+        shape = shape_of(variant, workload, row_tokens)
+        return run_memory(variant, config, computation, shape, workload.distinct_tokens)
 
     while True:
         own = max(own, resident_bytes() + RUN_BYTES)  # planning itself brings in what training needs

@@ -48,7 +48,8 @@ def choose_for(
     computation = choose_computation(run, detect(with_accelerators=False))
 
     def on_cpu(variant: RunConfig, tokens: int) -> Held:
-        return run_memory(variant, config, computation, shape_of(variant, workload_of(variant), tokens))
+        workload = workload_of(variant)
+        return run_memory(variant, config, computation, shape_of(variant, workload, tokens), workload.distinct_tokens)
 
     return fit(run, row_tokens, budget, resident_bytes() + RUN_BYTES, on_cpu)
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from fitune.config.schema import RunConfig
@@ -102,10 +103,12 @@ class RunMemory:
 
     Attributes:
         layers: of which the frozen weights are in 4 bits.
+        untouched: bytes of a mapped table of embeddings that the data do not touch, where all layers stay.
     """
 
     anatomy: Anatomy
     step: StepMemory
+    untouched: int = 0
 
     @property
     def layers(self) -> int:
@@ -121,7 +124,7 @@ class RunMemory:
         visiting = anatomy.visiting_bytes(resident_layers)
         if visiting and visiting + step.at_head > step.resident:
             return weights + visiting, step.at_head
-        return weights, step.resident
+        return weights - (self.untouched if resident_layers is None else 0), step.resident
 
     def bytes(self, resident_layers: int | None) -> int:
         """At the peak of a step."""
@@ -136,10 +139,27 @@ def shape_of(run: RunConfig, workload: Workload, row_tokens: int | None = None) 
     return Shape(run.train.micro_batch, tokens, max(1, min(workload.mean_document_tokens, tokens)), trained)
 
 
-def run_memory(run: RunConfig, config: PretrainedConfig, computation: Computation, shape: Shape) -> RunMemory:
-    """Counts the model's weights and dry-runs its step. Raises FituneError where that cannot be."""
+def run_memory(
+    run: RunConfig, config: PretrainedConfig, computation: Computation, shape: Shape,
+    distinct_tokens: int | None = None,
+) -> RunMemory:  # fmt: skip
+    """Counts the model's weights and dry-runs its step. Raises FituneError where that cannot be.
+
+    `distinct_tokens`: how many of the vocabulary the data have; None: all of it is counted.
+    """
     anatomy = read_anatomy(run, config, computation.dtype)
-    return RunMemory(anatomy, step_memory(run, config, anatomy, shape, computation.dtype, computation.backend))
+    step = step_memory(run, config, anatomy, shape, computation.dtype, computation.backend)
+    is_mapped = run.method == "qlora" and computation.dtype != torch.float32  # wider ones are copies
+    return RunMemory(anatomy, step, _untouched_bytes(anatomy, distinct_tokens) if is_mapped else 0)
+
+
+def _untouched_bytes(anatomy: Anatomy, distinct_tokens: int | None) -> int:
+    """Of a table of embeddings that is mapped from a store: rows of tokens that the data do not have."""
+    if distinct_tokens is None:
+        return 0
+    stretches = max(1, anatomy.end_bytes // FAULT_BYTES)
+    share = 1 - math.exp(-distinct_tokens / stretches)  # of them has a token, where tokens lie anywhere
+    return round(anatomy.end_bytes * (1 - share))
 
 
 def _origin(name: str, given: Collection[str]) -> str:
@@ -192,12 +212,10 @@ def make_plan(
     """
     before = resident_bytes()
     shape = shape_of(run, workload)
-    held = run_memory(run, config, computation, shape)
+    held = run_memory(run, config, computation, shape, workload.distinct_tokens)
     anatomy, step = held.anatomy, held.step
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
-    untouched = _untouched_bytes(run, anatomy, workload)
     weights, of_step = held.at_peak(run.train.resident_layers)
-    weights -= untouched
     seconds = None
     # The probe is a real step of a few layers: it must not take more than the run.
     probed = [
@@ -235,15 +253,6 @@ def make_plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.resident_operator,
         memory, settings, choices, budget_bytes, step.disk,
     )  # fmt: skip
-
-
-def _untouched_bytes(run: RunConfig, anatomy: Anatomy, workload: Workload) -> int:
-    """Of a table of embeddings that is mapped from a store: rows of tokens that the data do not have."""
-    if run.method != "qlora" or run.train.resident_layers is not None or workload.distinct_tokens is None:
-        return 0
-    stretches = max(1, anatomy.end_bytes // FAULT_BYTES)
-    share = 1 - math.exp(-workload.distinct_tokens / stretches)  # of them has a token, where tokens lie anywhere
-    return round(anatomy.end_bytes * (1 - share))
 
 
 def _streaming(run: RunConfig, anatomy: Anatomy, choices: tuple[Choice, ...]) -> tuple[Item, ...]:

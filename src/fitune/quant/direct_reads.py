@@ -6,12 +6,13 @@ computation wants (docs/log.md, "past the file cache"). The mapping itself is no
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,13 +30,18 @@ class NoDirectReadsError(FituneError):
 
 @dataclass(frozen=True)
 class _Read:
-    """Whole pages of an open file (the last one as far as the file goes), and where in the buffer they go."""
+    """Whole pages of an open file (the last one as far as the file goes), and where in the buffer they go.
+
+    Attributes:
+        address: where they are mapped.
+    """
 
     file: int
     path: str
     offset: int
     size: int
     start: int
+    address: int
 
 
 class DirectReads:
@@ -60,6 +66,10 @@ class DirectReads:
             self._reads.append(list(self._files.reads(spans)))
             for parameter in group:
                 self._places[id(parameter)] = number, [_place(tensor, spans) for tensor in parameter.own_tensors()]
+        for spans, reads in zip(self._spans, self._reads, strict=True):
+            for read in reads:
+                _check_same(read)
+            give_back(spans)  # what was touched before is not needed beside the buffers
         self._largest = max((_size(spans) for spans in self._spans), default=0)
         self._free: list[Tensor] = []
         self._held: dict[int, Tensor] = {}
@@ -78,7 +88,6 @@ class DirectReads:
     def drop(self, group: int) -> None:
         coming = self._coming.pop(group, None)
         if coming is None:
-            give_back(self._spans[group])  # what was touched before the stream began
             return
         if not coming.cancel():
             coming.exception()  # waits; whoever waits for the group is told of a fault
@@ -107,7 +116,7 @@ class _DirectFiles:
                 if first < last:
                     file, offset = self._file(mapping), mapping.offset + first - mapping.start
                     size = min(last - first, os.fstat(file).st_size - offset)
-                    yield _Read(file, mapping.path, offset, size, at + first - start)
+                    yield _Read(file, mapping.path, offset, size, at + first - start, first)
             at += end - start
 
     def _file(self, mapping: FileMapping) -> int:
@@ -117,13 +126,23 @@ class _DirectFiles:
             except (OSError, AttributeError) as error:  # a file replaced since, a file system or a system without
                 raise NoDirectReadsError(f"{mapping.path} cannot be read past the file cache: {error}") from error
             self._closing.callback(os.close, file)
-            if os.fstat(file).st_ino != mapping.inode:
-                raise NoDirectReadsError(f"{mapping.path} is not the file any more that is mapped")
             self._open[mapping.path] = file
         return self._open[mapping.path]
 
     def __del__(self) -> None:
         self._closing.close()
+
+
+def _check_same(read: _Read) -> None:
+    """A page as it is mapped, and as it is read now: a file may have been replaced since, by one of the same name."""
+    page = _buffer(mmap.PAGESIZE)
+    try:
+        _fill(page, [replace(read, size=min(read.size, mmap.PAGESIZE), start=0)])
+    except FituneError as error:  # opened, but not read so
+        raise NoDirectReadsError(str(error)) from error
+    size = min(read.size, mmap.PAGESIZE)
+    if ctypes.string_at(read.address, size) != page[:size].numpy().tobytes():
+        raise NoDirectReadsError(f"{read.path} is not the file any more that is mapped")
 
 
 def _size(spans: Iterable[Span]) -> int:

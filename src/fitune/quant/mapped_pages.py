@@ -113,7 +113,6 @@ class FileMapping:
     start: int
     end: int
     offset: int
-    inode: int
     path: str
 
 
@@ -128,7 +127,7 @@ def file_mappings() -> list[FileMapping]:
         addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
         if inode != "0" and not (path and path[0].startswith("/dev/")):
             start, end = (int(address, 16) for address in addresses.split("-"))
-            found.append(FileMapping(start, end, int(offset, 16), int(inode), path[0] if path else ""))
+            found.append(FileMapping(start, end, int(offset, 16), path[0] if path else ""))
     return found
 
 
