@@ -100,8 +100,18 @@ def test_auto_is_what_is_left_with_what_this_process_holds() -> None:
     assert budget_bytes(run_of(memory="4GB"), hardware(16, 10), GB) == 4 * GB
 
 
+def test_a_container_whose_limit_is_in_whole_pages_has_what_was_asked_for() -> None:
+    limited = Hardware("", 2, frozenset(), 2_820_000_000 // 4096 * 4096, 2_300_000_000)
+    assert budget_bytes(run_of(memory="2.82GB"), limited, GB // 2) == 2_800_000_000
+
+
 @pytest.mark.parametrize(
-    ("memory", "said"), [("32GB", "more than the 16.00 GB this machine"), ("12GB", "11.00 GB of 16.00 GB are")]
+    ("memory", "said"),
+    [
+        ("16.1GB", "more than the 16.00 GB this machine"),
+        ("32GB", "more than the 16.00 GB this machine"),
+        ("12GB", "11.00 GB of 16.00 GB are"),
+    ],
 )
 def test_more_than_there_is_is_refused(memory: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

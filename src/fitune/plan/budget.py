@@ -21,6 +21,8 @@ from fitune.process_memory import resident_bytes
 MARGIN = 1.05
 # A container's limit counts a little that is not this process's: so much of a budget may be missing when it begins.
 FORGIVEN = 0.05
+# A container's limit is a number of whole pages, just under the number that was asked for.
+ROUNDED = 1.001
 
 
 def plan_within(
@@ -91,7 +93,7 @@ def budget_bytes(run: RunConfig, hardware: Hardware, own_bytes: int) -> int:
     if run.memory is None or run.memory == "auto":
         return left
     asked = parse_bytes(run.memory)
-    if asked > hardware.memory_bytes:
+    if asked > ROUNDED * hardware.memory_bytes:
         raise InputError(
             f"{run.memory} is more than the {hardware.memory_bytes / 1e9:.2f} GB this machine (or its container) "
             "has; give less, or auto for what is left",
