@@ -33,7 +33,9 @@ def stream_layers(
             "is for frozen weights in 4 bits, and this model has none; take method qlora, or leave it out",
             where="train.resident_layers",
         )
-    stream = LayerStream(groups, (carrier or disk_carrier)(groups), resident_layers)
+    chosen, note = (carrier(groups), None) if carrier else disk_carrier(groups)
+    stream = LayerStream(groups, chosen, resident_layers)
+    stream.note = note
     spans = spans_of(end_tensors(model))
 
     def used(*_: Any) -> None:
@@ -47,16 +49,16 @@ def stream_layers(
     return stream
 
 
-def disk_carrier(groups: Groups) -> Carrier:
-    """Through the file cache where the memory that is left can hold all layers; else past it, where that can be."""
+def disk_carrier(groups: Groups) -> tuple[Carrier, str | None]:
+    """Through the file cache where the memory that is left can hold all layers; else past it, or why it cannot be."""
     size = sum(tensor.nbytes for group in groups for parameter in group for tensor in parameter.own_tensors())
     _, available = memory()
     if size > available:
         try:
-            return DirectReads(groups)
-        except NoDirectReadsError:  # slower, nothing else
-            pass
-    return MappedPages(groups)
+            return DirectReads(groups), None
+        except NoDirectReadsError as error:
+            return MappedPages(groups), f"they come through it, though it cannot hold them: {error}"
+    return MappedPages(groups), None
 
 
 def end_tensors(model: PreTrainedModel) -> list[Tensor]:

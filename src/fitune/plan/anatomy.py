@@ -135,7 +135,8 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         trained[rows, run.lora.rank] += 1
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
     layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
-    ends, head = (0, 0) if full else (_embedding_bytes(graph, dtype), _head_bytes(graph, dtype))
+    is_mapped = run.method == "qlora" and dtype != torch.float32  # wider ones are copies, and stay
+    ends, head = (_embedding_bytes(graph, dtype), _head_bytes(graph, dtype)) if is_mapped else (0, 0)
     return Anatomy(
         frozen,
         layer_bytes,

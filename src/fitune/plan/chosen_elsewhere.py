@@ -11,7 +11,7 @@ from fitune.config.byte_size import parse_bytes
 from fitune.config.schema import RunConfig
 from fitune.errors import InputError
 from fitune.hardware import detect
-from fitune.plan.budget import Fitted, Held, fit
+from fitune.plan.budget import MARGIN, Fitted, Held, fit
 from fitune.plan.computation import choose_computation
 from fitune.plan.elsewhere import gpu_dtype, gpu_memory
 from fitune.plan.levers import Variant
@@ -51,7 +51,13 @@ def choose_for(
         workload = workload_of(variant)
         return run_memory(variant, config, computation, shape_of(variant, workload, tokens), workload.distinct_tokens)
 
-    return fit(run, row_tokens, budget, resident_bytes() + RUN_BYTES, on_cpu)
+    own = resident_bytes() + RUN_BYTES
+    while True:
+        found = fit(run, row_tokens, budget, own, on_cpu)
+        now = resident_bytes() + RUN_BYTES  # planning itself brings in what training needs
+        if (found.peak_bytes - own + now) * MARGIN <= budget:
+            return found
+        own = max(own + 1, now)
 
 
 @dataclass(frozen=True)

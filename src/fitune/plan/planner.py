@@ -8,7 +8,6 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from fitune.config.schema import RunConfig
@@ -149,8 +148,7 @@ def run_memory(
     """
     anatomy = read_anatomy(run, config, computation.dtype)
     step = step_memory(run, config, anatomy, shape, computation.dtype, computation.backend)
-    is_mapped = run.method == "qlora" and computation.dtype != torch.float32  # wider ones are copies
-    return RunMemory(anatomy, step, _untouched_bytes(anatomy, distinct_tokens) if is_mapped else 0)
+    return RunMemory(anatomy, step, _untouched_bytes(anatomy, distinct_tokens))
 
 
 def _untouched_bytes(anatomy: Anatomy, distinct_tokens: int | None) -> int:

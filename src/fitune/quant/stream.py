@@ -52,6 +52,7 @@ class LayerStream:
         resident: how many groups stay, spread evenly, so that each gives those between time to come.
 
     Attributes:
+        note: what there is to say of how they come; None: nothing.
         end_used: to be called when embeddings or head have been used past their modules; lets them go.
         moves: how often another group was reached; mistaken: how often it was not the one that was brought.
     """
@@ -65,6 +66,7 @@ class LayerStream:
         self._current = self._before = _NONE
         self._after: dict[tuple[int, int], int] = {}
         self.moves = self.mistaken = 0
+        self.note: str | None = None
         self.end_used: Callable[[], None] = lambda: None
         for group in groups:
             for parameter in group:

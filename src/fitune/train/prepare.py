@@ -53,6 +53,8 @@ def build_for_training(
     stream = None if resident is None else stream_layers(graph, resident)
     model = prepare(graph, adapted, dtype, backend)
     model.stream = stream
+    if stream is not None and stream.note is not None:
+        model.report.left["layers read past the file cache"] = stream.note
     model.report.left.update({f"adapter ({layers})": reason for layers, reason in left.items()})
     if config.train.recompute == "layers":
         model.recompute_layers()
