@@ -13,9 +13,11 @@ from fitune.data.collation import collate
 from fitune.errors import InputError
 from fitune.fuse.model import FusedModel
 from fitune.generate.batch_generation import generate_detailed
+from fitune.models import streaming
 from fitune.models.folder import FolderSource
 from fitune.models.streaming import end_tensors, stream_layers
 from fitune.plan.computation import Computation
+from fitune.quant.direct_reads import NoDirectReadsError
 from fitune.quant.lease import lease_for_generation, leased
 from fitune.quant.staged_copies import StagedCopies
 from fitune.train.prepare import build_for_answers, build_for_training
@@ -67,6 +69,24 @@ def test_loss_and_gradients_are_the_same_to_the_bit(source: FolderSource, recomp
         gradients(model)
         assert model.stream.moves > moves  # layers came and went
         assert model.stream.mistaken == mistaken  # and every one had been expected
+
+
+def test_layers_that_the_cache_cannot_hold_are_read_past_it_or_it_is_said_why(
+    source: FolderSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, expected = gradients(built(source, None))
+    monkeypatch.setattr(streaming, "memory", lambda: (1000, 1000))  # less than the layers take
+    model = built(source, 1)
+    found_loss, found = gradients(model)
+    assert found_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def refused(groups: object) -> None:
+        raise NoDirectReadsError("it cannot be read so")
+
+    monkeypatch.setattr(streaming, "DirectReads", refused)
+    left = built(source, 1).report.left
+    assert "it cannot be read so" in left["layers read past the file cache"]
 
 
 def test_copies_on_a_device_give_the_same_bits(source: FolderSource) -> None:

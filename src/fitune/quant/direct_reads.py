@@ -1,7 +1,7 @@
 """Weights in mapped files, read past the system's file cache into buffers that are used again.
 
-For files that the cache has no room for: it would be filled, mapped and cleared behind for nothing (docs/log.md, "past
-the file cache", also for what has not been measured). The mapping itself is not touched.
+For files that the cache has no room for: it would be filled, mapped and cleared behind for nothing (docs/log.md,
+"past the file cache", also for what has not been measured). The mapping itself is not touched.
 """
 
 from __future__ import annotations
