@@ -17,6 +17,7 @@ from fitune.models.bundled import open_bundled
 from fitune.models.gguf_file import GGUFSource
 from fitune.models.gguf_header import read_header
 from fitune.models.gguf_tokenizer import build_tokenizer
+from fitune.process_memory import resident_bytes
 
 TEXTS = [
     "",
@@ -406,3 +407,14 @@ def test_fingerprint_follows_the_file(tmp_path: Path) -> None:
     assert GGUFSource(path).fingerprint() == first
     write_tiny(path, "llama", seed=1)
     assert GGUFSource(path).fingerprint() != first
+
+
+def test_pages_that_were_read_are_given_back() -> None:
+    source = open_bundled()
+    names = [name for name in source.tensor_names() if "mlp" in name][:30]
+    before = {name: source.read(name).clone() for name in names}
+    size = sum(source.header.tensors[entry].size_bytes for entry in source.header.tensors if "ffn" in entry)
+    full = resident_bytes()
+    source.release()
+    assert full - resident_bytes() > 0.2 * size
+    assert all(torch.equal(source.read(name), value) for name, value in before.items())
