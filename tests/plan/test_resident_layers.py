@@ -42,7 +42,8 @@ def test_what_stays_what_computes_and_what_comes() -> None:
     assert anatomy.resident_bytes(None) == anatomy.frozen_bytes
     assert anatomy.resident_bytes(0) == anatomy.frozen_bytes - (LAYERS - 2) * layer - 2 * table
     assert anatomy.resident_bytes(3) == anatomy.frozen_bytes - (LAYERS - 3 - 2) * layer - 2 * table
-    assert [anatomy.visiting_bytes(resident) for resident in (0, 3, LAYERS, None)] == [table, table, 0, 0]
+    more = table - 2 * layer
+    assert [anatomy.visiting_bytes(resident) for resident in (0, 3, LAYERS, None)] == [more, more, 0, 0]
     assert anatomy.resident_bytes(LAYERS) == anatomy.resident_bytes(LAYERS + 5) == anatomy.frozen_bytes
 
 
@@ -61,7 +62,7 @@ def test_the_peak_is_at_the_logits_where_the_head_is_large(vocabulary: int) -> N
     anatomy, step = held.anatomy, held.step
     assert step.optimizer < step.at_head < step.resident
     weights = anatomy.resident_bytes(0) + anatomy.trained_bytes
-    head = vocabulary * 64 * 2
+    head = vocabulary * 64 * 2 - 2 * anatomy.layer_bytes[0]
     is_large = head > step.resident - step.at_head
     assert is_large == (vocabulary == 20_000)
     assert held.at_peak(0) == ((weights + head, step.at_head) if is_large else (weights, step.resident))

@@ -75,6 +75,9 @@ class Noted:
     def drop(self, group: int) -> None:
         self.asked.append(("drop", group))
 
+    def release(self) -> None:
+        self.asked.append(("release", -1))
+
     def tensors(self, parameter: QuantisedParameter) -> StoredTensors:
         return parameter.own_tensors()
 
@@ -146,6 +149,23 @@ def test_what_follows_is_learnt_from_the_pass_before(tmp_path: Path) -> None:
     _visit(stream, groups, there_and_back)
     _visit(stream, groups, there_and_back)
     assert stream.mistaken - first <= 1
+
+
+def test_layers_make_room_and_the_way_back_is_still_known(tmp_path: Path) -> None:
+    groups = layer_groups(_model(tmp_path))
+    carrier = Noted()
+    stream = LayerStream(groups, carrier)
+    for gone in ([LAYERS - 1], [LAYERS - 2, LAYERS - 1]):  # what follows is known the second time
+        _visit(stream, groups, range(LAYERS))
+        carrier.asked.clear()
+        stream.make_room()
+        assert carrier.asked == [*(("drop", number) for number in gone), ("release", -1)]
+        carrier.asked.clear()
+        before = stream.mistaken
+        _visit(stream, groups, [*reversed(range(LAYERS))])
+        assert carrier.asked[0] == ("wait", LAYERS - 1)
+    assert carrier.asked[1] == ("fetch", LAYERS - 2)
+    assert stream.mistaken == before
 
 
 def test_any_order_has_its_layer_here_and_few_beside_it(tmp_path: Path) -> None:
@@ -224,6 +244,9 @@ def test_direct_reads_leave_the_mapping_alone_and_take_two_buffers(tmp_path: Pat
     for number in [0, 1, 2, 1, 0, 2, 0] * 3:
         assert int(stream.reach(groups[number][0])[0].sum(dtype=torch.int64)) == sums[number]
     assert 1.9 * size < resident_bytes() - empty < 2.5 * size
+    stream.make_room()
+    assert resident_bytes() - empty < 0.5 * size
+    assert int(stream.reach(groups[2][0])[0].sum(dtype=torch.int64)) == sums[2]
 
 
 def test_a_file_that_was_replaced_is_not_read_past_the_cache(tmp_path: Path) -> None:

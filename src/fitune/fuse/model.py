@@ -95,7 +95,8 @@ class FusedModel:
             return rows.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
         head = self.graph.get_output_embeddings()
         rows = hidden.reshape(-1, hidden.shape[-1])[before].to(self.dtype)
-        if self.stream is not None:  # the head comes now: what the last step's gradients left goes
+        if self.stream is not None:  # the head comes now: layers go, and what the last step's gradients left
+            self.stream.make_room()
             give_back_free_memory()
         logprobs = token_logprobs(rows, head.weight, head.bias, targets, self.backend, self.logit_form)
         if self.stream is not None:

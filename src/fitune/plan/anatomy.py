@@ -82,8 +82,9 @@ class Anatomy:
         return self.frozen_bytes - absent - (self.end_bytes + self.head_bytes if moving else 0)
 
     def visiting_bytes(self, resident_layers: int | None) -> int:
-        """What more there is while logits are made."""
-        return self.head_bytes if self._moving(resident_layers) else 0
+        """What more there is while logits are made: the head, for which the two layers go."""
+        moving = self._moving(resident_layers)
+        return self.head_bytes - sum(moving[-2:]) if moving else 0
 
     def _moving(self, resident_layers: int | None) -> list[int]:
         """Bytes of the layers that do not stay, the largest last."""

@@ -121,7 +121,7 @@ class RunMemory:
         anatomy, step = self.anatomy, self.step
         weights = anatomy.resident_bytes(resident_layers) + anatomy.int8_bytes + anatomy.trained_bytes
         visiting = anatomy.visiting_bytes(resident_layers)
-        if visiting and visiting + step.at_head > step.resident:
+        if visiting + step.at_head > step.resident:
             return weights + visiting, step.at_head
         return weights - (self.untouched if resident_layers is None else 0), step.resident
 

@@ -93,6 +93,9 @@ class DirectReads:
             coming.exception()  # waits; whoever waits for the group is told of a fault
         self._free.append(self._held.pop(group))
 
+    def release(self) -> None:
+        self._free.clear()
+
     def tensors(self, parameter: QuantisedParameter) -> StoredTensors:
         number, places = self._places[id(parameter)]
         codes, absmax, nested = (place.of(self._held[number]) for place in places)

@@ -57,6 +57,9 @@ class MappedPages:
             coming.result()
         give_back(self._spans[group])
 
+    def release(self) -> None:
+        pass
+
     def tensors(self, parameter: QuantisedParameter) -> StoredTensors:
         return parameter.own_tensors()
 

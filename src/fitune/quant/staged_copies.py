@@ -77,6 +77,9 @@ class StagedCopies:
             buffer.left = torch.accelerator.current_stream(self.device).record_event()
         self._free.append(buffer)
 
+    def release(self) -> None:
+        pass  # buffers stay: what was computed with them may still be under way
+
     def tensors(self, parameter: QuantisedParameter) -> StoredTensors:
         number, places = self._places[id(parameter)]
         codes, absmax, nested = (place.of(self._held[number].room) for place in places)

@@ -39,6 +39,9 @@ class Carrier(Protocol):
     def drop(self, group: int) -> None:
         """Lets a group go; what uses it now may end."""
 
+    def release(self) -> None:
+        """Gives memory back that no group is in."""
+
     def tensors(self, parameter: QuantisedParameter) -> StoredTensors:
         """A parameter of a group that is here."""
 
@@ -64,6 +67,7 @@ class LayerStream:
         self.staying = resident_groups(len(groups), resident)
         self._here: set[int] = set()
         self._current = self._before = _NONE
+        self._made_room = False
         self._after: dict[tuple[int, int], int] = {}
         self.moves = self.mistaken = 0
         self.note: str | None = None
@@ -85,13 +89,27 @@ class LayerStream:
         group = self._group[id(parameter)]
         if group != self._current:
             self._move(group)
+        elif self._made_room:
+            self._bring(group)
         return self._carrier.tensors(parameter)
+
+    def make_room(self) -> None:
+        """Lets all groups go that do not stay, and what they lay in."""
+        for group in self._here - self.staying:
+            self._carrier.drop(group)
+        self._here &= self.staying
+        self._made_room = True
+        self._carrier.release()
 
     def _move(self, group: int) -> None:
         self.moves += 1
         self.mistaken += group not in self._here
         self._after[self._before, self._current] = group
         self._before, self._current = self._current, group
+        self._bring(group)
+
+    def _bring(self, group: int) -> None:
+        self._made_room = False
         for other in self._here - self.staying - {group}:  # first, so that no more than two are ever here
             self._carrier.drop(other)
         self._carrier.wait(group)
