@@ -44,6 +44,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` (which may be there) when the block ends well, and is gone when not.
+
+    Raises DiskFullError with the old file (if any) untouched.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        with open(beside, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(f"the disk ran full while {path} was written; nothing was changed") from error
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, and is gone when it does not.
 

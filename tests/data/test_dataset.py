@@ -22,6 +22,7 @@ class Source:
     path: str
     format: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
+    instruction: str | None = None
     weight: float = 1.0
 
 
@@ -34,6 +35,7 @@ class Settings:
     train_on: Any = "assistant"
     max_tokens: int = 1024
     over_length: Any = "error"
+    missing_end_tokens: str = "error"
 
 
 def questions(path: Path, count: int, first: int = 0) -> Path:

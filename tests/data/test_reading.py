@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fitune.data import Message, detect_format, read_samples
-from fitune.data.sources import SHOWN_PROBLEMS
+from fitune.data.conversation import ToolCall
+from fitune.data.record import SHOWN_PROBLEMS
 from fitune.errors import InputError
 
 ALPACA = {"instruction": "add", "input": "1 2", "output": "3"}
@@ -21,6 +22,11 @@ def write(path: Path, records: list[Any], lines: bool = False) -> Path:
     text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records, indent=2)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def turns(question: str, answer: str | None = None) -> list[dict[str, Any]]:
+    asked = [{"role": "user", "content": question}]
+    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
 
 
 def pairs(path: Path, **options: Any) -> list[tuple[str, str]]:
@@ -77,7 +83,7 @@ def test_columns_rename_and_extra_is_kept(tmp_path: Path) -> None:
     sample = read_samples(path, columns={"q": "instruction", "a": "output"})[0]
     assert sample.messages == (Message("user", "Q"), Message("assistant", "A"))
     assert sample.extra == {"database": "d"}
-    with pytest.raises(InputError, match=r"no known field 'outpt'.*known: answer, completion"):
+    with pytest.raises(InputError, match=r"no known field 'outpt'.*known: answer, chosen, completion"):
         read_samples(path, columns={"q": "instruction", "a": "outpt"})
     with pytest.raises(InputError, match=r"line 2: 'x' of `columns` is missing \(keys found: q, a, database\)"):
         read_samples(path, columns={"x": "instruction"})
@@ -118,7 +124,7 @@ def test_gzip(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}]\nx', "line 2: text after the end of the list"),
         ("a.json", b'{\n"text": "a"}', "one JSON object"),
         ("a.json", b'[{"text": "a", "text": "b"}]', "line 1: the key 'text' occurs twice"),
-        ("a.json", b'[\n"text", 7]', "a sample must be an object, found str"),
+        ("a.json", b'[\n"text", 7]', "a sample must be an object, found text"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: not valid JSON"),
         ("a.jsonl", b'{"text": "a"} {"text": "b"}', "line 1: text after the end"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2: not UTF-8 .byte ff"),
@@ -129,7 +135,8 @@ def test_gzip(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
         ("a.jsonl", b'{"text": 7}', 'line 1: "text" must be text, found a number'),
         ("a.jsonl", b'{"text": ""}', 'line 1: "text" is empty'),
-        ("a.csv", b"x", "unknown kind of data file .csv; known: .json"),
+        ("a.xlsx", b"x", "unknown kind of data file .xlsx; known: .json"),
+        ("a.parquet.gz", b"x", "unknown kind of data file .parquet.gz"),
         (
             "a.json",
             b'[{"instruction": "a", "answer": "b"}]',
@@ -145,21 +152,33 @@ def test_gzip(tmp_path: Path) -> None:
             b'[{"text": "a"},\n{"prompt": "a", "completion": "b"}]',
             "line 2: this sample has the format prompt",
         ),
-        ("a.json", b'[{"prompt": "a", "chosen": "b", "rejected": "c"}]', "preference pairs"),
-        ("a.json", b'[{"messages": [], "label": true}]', "labelled good or bad"),
+        ("a.json", b'[{"chosen": "b", "rejected": "c"}]', "share no question, and there is none beside them"),
+        ("a.json", b'[{"prompt": "a", "chosen": "b", "rejected": "b"}]', "are the same"),
+        ("a.json", b'[{"prompt": "a", "chosen": {"role": "user", "content": "b"}, "rejected": "b"}]', "an answer of"),
+        ("a.json", b'[{"messages": [{"role": "user", "content": "b"}], "label": true}]', "must be the assistant's"),
         ("a.json", b'[{"instruction": "", "output": "b"}]', "both empty"),
         ("a.json", b'[{"instruction": "a", "output": null}]', '"output" must be text, found null'),
         ("a.json", b'[{"messages": []}]', "must be a list of turns, found an empty list"),
         ("a.json", b'[{"messages": [{"role": "boss", "content": "x"}]}]', "unknown role 'boss'; known: system"),
         ("a.json", b'[{"messages": [{"role": "user"}]}]', 'turn 1 needs "role" and "content"'),
-        ("a.json", b'[{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}]', "tool call"),
+        (
+            "a.json",
+            b'[{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}]',
+            "has a call without",
+        ),
+        (
+            "a.json",
+            b'[{"messages": [{"role": "user", "content": "", "tool_calls": [{"name": "f"}]}]}]',
+            "only the assi",
+        ),
+        ("a.json", b'[{"conversations": [{"from": "function_call", "value": "f(1)"}]}]', "text must be JSON"),
         (
             "a.json",
             b'[{"messages": [{"role": "user", "content": "", "name": "Bo"}]}]',
             "keys that would be lost: name",
         ),
         ("a.json", b'[{"messages": [{"role": "user", "content": "", "weight": 1}]}]', "only turns of the assistant"),
-        ("a.json", b'[{"conversations": [{"from": "gpt", "value": "a"}], "tools": "x"}]', "cannot be trained"),
+        ("a.json", b'[{"conversations": [{"from": "gpt", "value": "a"}], "tools": "x"}]', '"tools" must be JSON'),
     ],
 )
 def test_broken_files_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -242,7 +261,105 @@ def test_real_files(shared_data: Path, name: str, format: str, count: int, last_
     assert samples[-1].origin.line == last_line
 
 
-@pytest.mark.parametrize("name", ["dpo_en_demo.json", "kto_en_demo.json", "glaive_toolcall_en_demo.json"])
-def test_real_files_of_other_kinds_are_refused(shared_data: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"this version cannot train|cannot be trained by this version"):
-        read_samples(shared_data / "llamafactory_demo" / name)
+def test_real_preference_pairs(shared_data: Path) -> None:
+    path = shared_data / "llamafactory_demo" / "dpo_en_demo.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    samples = read_samples(path)
+    assert len(samples) == len(raw) == 300
+    for record, sample in zip(raw, samples, strict=True):
+        asked = len(record["conversations"])
+        assert sample.messages[:asked] == sample.rejected[:asked]
+        assert [m.content for m in sample.messages[:asked]] == [turn["value"] for turn in record["conversations"]]
+        assert sample.messages[asked:] == (Message("assistant", record["chosen"]["value"]),)
+        assert sample.rejected[asked:] == (Message("assistant", record["rejected"]["value"]),)
+
+
+def test_real_judged_answers(shared_data: Path) -> None:
+    path = shared_data / "llamafactory_demo" / "kto_en_demo.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert [sample.label for sample in read_samples(path)] == [record["label"] for record in raw]
+
+
+def test_real_tool_calls(shared_data: Path) -> None:
+    path = shared_data / "llamafactory_demo" / "glaive_toolcall_en_demo.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    samples = read_samples(path)
+    for record, sample in zip(raw, samples, strict=True):
+        written = [turn for turn in record["conversations"] if turn["from"] == "function_call"]
+        calls = [call for message in sample.messages for call in message.tool_calls]
+        found = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        expected = [json.loads(turn["value"]) for turn in written]
+        assert found == [one for turn in expected for one in (turn if isinstance(turn, list) else [turn])]
+        assert len(sample.tools) == len(json.loads(record["tools"] or "[]"))
+    written = sum(turn["from"] == "function_call" for record in raw for turn in record["conversations"])
+    assert sum(bool(message.tool_calls) for sample in samples for message in sample.messages) == written > 200
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        {"question": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+        {"chosen": turns("q", "a"), "rejected": turns("q", "b")},
+        {"messages": turns("q"), "chosen": turns("q", "a")[1:], "rejected": turns("q", "b")[1]},
+    ],
+)
+def test_preference_pairs_in_every_style(tmp_path: Path, record: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.json", [record])
+    assert detect_format(path) == "preference"
+    sample = read_samples(path)[0]
+    assert sample.messages == (Message("user", "q"), Message("assistant", "a"))
+    assert sample.rejected == (Message("user", "q"), Message("assistant", "b"))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "completion": "a", "label": True},
+        {"prompt": turns("q"), "completion": turns("q", "a")[1:], "label": True},
+        {"instruction": "q", "output": "a", "kto_tag": True},
+        {"messages": turns("q", "a"), "label": True},
+        {"prompt": "q", "completion": "a", "label": "true"},
+    ],
+)
+def test_judged_answers_in_every_style(tmp_path: Path, record: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.json", [record])
+    assert detect_format(path) == "kto"
+    sample = read_samples(path)[0]
+    assert (sample.messages, sample.label) == ((Message("user", "q"), Message("assistant", "a")), True)
+
+
+def test_tool_calls_as_openai_writes_them(tmp_path: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+    record = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "7"},
+            {"role": "assistant", "content": "It is 7."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    }
+    sample = read_samples(write(tmp_path / "a.json", [record]))[0]
+    assert sample.messages[1] == Message("assistant", "", tool_calls=(ToolCall("f", {"x": [1]}, "c1"),))
+    assert sample.messages[2] == Message("tool", "7", name="f", call_id="c1")
+    assert [tool["function"]["name"] for tool in sample.tools] == ["f"]
+
+
+def test_columns_may_be_paths(tmp_path: Path) -> None:
+    record = {"source": ["One.", " Two."], "target": ["first", "second"], "meta": {"n": {"id": "7"}}}
+    path = write(tmp_path / "a.json", [record])
+    columns = {"source[*]": "input", "target[0]": "output"}
+    sample = read_samples(path, columns=columns, instruction="Summarise.")[0]
+    assert sample.messages == (Message("user", "Summarise.\nOne. Two."), Message("assistant", "first"))
+    assert sample.extra == {"meta": {"n": {"id": "7"}}}
+    for wrong, message in (
+        ({"target[2]": "output"}, "the list has 2 entries"),
+        ({"target.x": "output"}, "there is no 'x' in a list"),
+        ({"meta.n[*]": "output"}, "a list is wanted, found an object"),
+        ({"nope[0]": "output"}, "of `columns` is missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_samples(path, columns={"source[*]": "input", **wrong}, instruction="Summarise.")

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from fitune import __version__
-from fitune.cli import chat, doctor, evaluate, init, merge, models, plan, quickstart, train
+from fitune.cli import chat, data, doctor, evaluate, init, merge, models, plan, quickstart, train
 from fitune.errors import FituneError
 from fitune.process_memory import ask_for_huge_pages
 
@@ -35,6 +35,7 @@ app = typer.Typer(
 # The verbs, in the order in which --help lists them. Verb files import other rooms inside `command`.
 app.command("quickstart")(quickstart.command)
 app.command("init")(init.command)
+app.add_typer(data.group, name="data")
 app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)

@@ -24,6 +24,7 @@ from fitune.config.document import (
 from fitune.config.schema import (
     CombinationError,
     Conflict,
+    DataFile,
     DataSource,
     InputFile,
     ModelReference,
@@ -38,6 +39,7 @@ _NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-
 _BOOL = re.compile(r"(?i:true|yes|on)|(?i:false|no|off)")
 _TRUE = ("true", "yes", "on")
 _MISSING: Any = object()
+HUB = "hf://datasets/"
 
 
 class UnfitError(Exception):
@@ -208,6 +210,8 @@ class _Reader:
             raise UnfitError("holds a character that no text file or path can have")
         if not text.strip():
             raise UnfitError("is empty")
+        if option.marked(DataFile) and (text.startswith(HUB) or self.is_saved_data(node, text)):
+            return text if text.startswith(HUB) else str(self.resolved(node, text))
         if option.marked(InputFile):
             return self.file(node, text, where)
         if option.marked(OutputFolder):
@@ -225,6 +229,11 @@ class _Reader:
             return Path(folder, Path(text).expanduser()).absolute()
         except RuntimeError as error:  # no such user in ~user
             raise UnfitError(f"{text}: {error}") from None
+
+    def is_saved_data(self, node: Node, text: str) -> bool:
+        """A folder that the library `datasets` saved; what is in it is looked at when it is read."""
+        folder = self.resolved(node, text)
+        return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
     def file(self, node: Node, text: str, where: str) -> str:
         path = self.resolved(node, text)

@@ -18,6 +18,11 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class DataFile(InputFile):
+    """The same, or a folder that `datasets` saved, or hf://datasets/OWNER/NAME."""
+
+
+@dataclass(frozen=True)
 class OutputFolder:
     """Marks a path that will be written."""
 
@@ -67,6 +72,7 @@ def _as_sources(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[str, InputFile(), Field(min_length=1)]
+DataPath = Annotated[str, DataFile(), Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -75,7 +81,11 @@ Count = Annotated[int, Field(ge=1)]
 class DataSource(Section):
     """One file of training data."""
 
-    path: FilePath = Field(description="The file; relative to the run file's folder", examples=["train.jsonl"])
+    path: DataPath = Field(
+        description="The file, relative to the run file's folder; a folder that datasets saved; or a data set on the "
+        "hub, hf://datasets/OWNER/NAME",
+        examples=["train.jsonl"],
+    )
     format: Text = Field(
         default="auto",
         description="How its records are written; auto recognises it by the content",
@@ -84,6 +94,11 @@ class DataSource(Section):
         default_factory=dict,
         description="Renames the file's columns to those of a format: {name in the file: name in the format}",
         examples=[{"question": "instruction", "answer": "output"}],
+    )
+    instruction: Text | None = Field(
+        default=None,
+        description="For records of questions and answers without an instruction of their own",
+        examples=["Translate into English."],
     )
     weight: float = Field(
         default=1.0,
@@ -100,7 +115,7 @@ class DataSettings(Section):
         min_length=1,
         description="The training data: a file, or a list of files or of {path, format, columns, weight}",
     )
-    validation: FilePath | Share | None = Field(
+    validation: DataPath | Share | None = Field(
         default=None,
         description="A file of validation data, or the share of the training data to hold out for it",
         examples=[0.05],
@@ -125,6 +140,11 @@ class DataSettings(Section):
     over_length: Literal["error", "drop", "cut"] = Field(
         default="error",
         description="What to do with samples longer than max_tokens; dropping and cutting is reported",
+    )
+    missing_end_tokens: Literal["error", "allow"] = Field(
+        default="error",
+        description="What to do where the chat template closes an answer with no token that could be trained: the "
+        "model would not learn to stop",
     )
     pack: bool = Field(
         default=True,

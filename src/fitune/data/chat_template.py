@@ -14,12 +14,12 @@ No text of the data is ever searched for. Where a check fails the conversation i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from fitune.data.control_tokens import ControlTokens
-from fitune.data.conversation import Message
+from fitune.data.conversation import Message, ToolCall
 from fitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ _FIXED_DATE = {
     "%a": "Fri",
 }
 _STAND_INS = ("fituneStandIn7", "fituneOther5")
+
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,22 @@ class Render:
     control_tokens_in_text: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """A conversation whose texts hold no control token that is whole."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    breaker: str = ""
+    count: int = 0
+
+    def until(self, index: int) -> _Talk:
+        return replace(self, messages=self.messages[:index])
+
+    def with_message(self, index: int, message: Message) -> _Talk:
+        return replace(self, messages=(*self.messages[:index], message, *self.messages[index + 1 :]))
+
+
 class ChatTemplate:
     """The chat template of one tokenizer, or `DEFAULT_TEMPLATE` where it has none.
 
@@ -113,27 +131,32 @@ class ChatTemplate:
             self.source = _fixed_clock() + self.source
         self.control_tokens = ControlTokens(tokenizer, also=self._delimiters())
 
-    def render(self, messages: Sequence[Message]) -> Render:
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> Render:
         """The whole conversation, with every turn of the assistant located.
 
-        Raises:
-            InputError: the template refuses the conversation (its own message is quoted), or a check fails.
-        """
-        plain, breaker, count = self._broken(messages)
-        text = self._apply(plain)
-        turns = [self._turn(plain, index, text) for index, message in enumerate(plain) if message.role == "assistant"]
-        return Render(text, tuple(turns), breaker, count)
+        `tools`: definitions of what the assistant can call.
 
-    def prompt(self, messages: Sequence[Message]) -> Render:
+        Raises:
+            InputError: the template refuses the conversation (its own message is quoted), leaves some of it out, or
+                a check fails.
+        """
+        talk = self._broken(messages, tools)
+        text = self._apply(talk)
+        _refuse_left_out(talk, text)
+        places = [index for index, message in enumerate(talk.messages) if message.role == "assistant"]
+        return Render(text, tuple(self._turn(talk, index, text) for index in places), talk.breaker, talk.count)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> Render:
         """What generation is fed: the turns so far and the generation prompt. `Turn.end` is not located."""
-        plain, breaker, count = self._broken(messages)
-        text = self._apply(plain, generation=True)
+        talk = self._broken(messages, tools)
+        text = self._apply(talk, generation=True)
+        _refuse_left_out(talk, text)
         turns = []
-        for index, message in enumerate(plain):
+        for index, message in enumerate(talk.messages):
             if message.role == "assistant":
-                start, why_not = self._start(plain, index, text)
+                start, why_not = self._start(talk, index, text)
                 turns.append(Turn(index, start, len(text), False, why_not))
-        return Render(text, tuple(turns), breaker, count)
+        return Render(text, tuple(turns), talk.breaker, talk.count)
 
     def end_of_turn_id(self) -> int | None:
         """The control token that closes the assistant's turns (None: there is none); generation stops at it."""
@@ -146,35 +169,44 @@ class ChatTemplate:
         start = max((start for start, end in self.control_tokens.spans(render.text) if end == turn.end), default=-1)
         return self.control_tokens.names.get(render.text[start : turn.end]) if turn.has_end_token else None
 
-    def _broken(self, messages: Sequence[Message]) -> tuple[list[Message], str, int]:
-        contents = [message.content for message in messages]
-        count = sum(map(self.control_tokens.count, contents))
-        breaker = self.control_tokens.breaker_for(contents) if count else ""
-        broken = [self.control_tokens.broken(content, breaker) for content in contents]
-        return (
-            [Message(message.role, text) for message, text in zip(messages, broken, strict=True)],
+    def _broken(self, messages: Sequence[Message], tools: Tools) -> _Talk:
+        """The conversation with every control token in its texts broken."""
+        texts = [text for message in messages for text in _texts_of(message)]
+        texts += [text for tool in tools for text in _texts_in(tool)]
+        count = sum(map(self.control_tokens.count, texts))
+        breaker = self.control_tokens.breaker_for(texts) if count else ""
+
+        def broken(text: str) -> str:
+            return self.control_tokens.broken(text, breaker)
+
+        return _Talk(
+            tuple(_with_texts(message, broken) for message in messages),
+            tuple(_mapped(tool, broken) for tool in tools),
             breaker,
             count,
         )
 
-    def _apply(self, messages: Sequence[Message], generation: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _apply(self, talk: _Talk, generation: bool = False) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation
+                [_turn_dict(message) for message in talk.messages],
+                chat_template=self.source,
+                tools=[dict(tool) for tool in talk.tools] or None,
+                tokenize=False,
+                add_generation_prompt=generation,
             )
         except InputError:
             raise
         except Exception as error:  # a template may raise anything, its own refusals included
-            roles = ", ".join(message.role for message in messages) or "no turns"
+            roles = ", ".join(message.role for message in talk.messages) or "no turns"
             raise InputError(
                 f"the chat template refuses this conversation ({roles}): {error or type(error).__name__}"
             ) from None
         assert isinstance(text, str)
         return text
 
-    def _start(self, messages: list[Message], index: int, text: str) -> tuple[int | None, str]:
-        prompt = self._apply(messages[:index], generation=True)
+    def _start(self, talk: _Talk, index: int, text: str) -> tuple[int | None, str]:
+        prompt = self._apply(talk.until(index), generation=True)
         if text.startswith(prompt):
             return len(prompt), ""
         same = _common_prefix(prompt, text)
@@ -184,28 +216,31 @@ class ChatTemplate:
             "train on the last turn only (train_on: last_assistant), or use another template"
         )
 
-    def _turn(self, messages: list[Message], index: int, text: str) -> Turn:
-        after = self._after(messages, index)
+    def _turn(self, talk: _Talk, index: int, text: str) -> Turn:
+        after = self._after(talk, index)
         answer_end = len(text) - len(after)
-        start, why_not = self._start(messages, index, text)
+        start, why_not = self._start(talk, index, text)
         if not text.endswith(after) or (start is not None and start > answer_end):
             raise InputError(
                 f"turn {index + 1}: the chat template changes the text after an answer with the answer's "
                 "content, so what belongs to the assistant cannot be known for certain"
             )
-        after_as_last = after if index + 1 == len(messages) else self._after(messages[: index + 1], index)
+        _refuse_lost_calls(talk.messages[index], index, text[start or 0 : answer_end])
+        is_last = index + 1 == len(talk.messages)
+        after_as_last = after if is_last else self._after(talk.until(index + 1), index)
         shared = after[: _common_prefix(after, after_as_last)]
         # What the two share may break off inside a longer control token: it must be one in the whole, too.
         whole = set(self.control_tokens.spans(after))
         ends = [end for start_end in self.control_tokens.spans(shared) if start_end in whole for end in start_end[1:]]
         return Turn(index, start, answer_end + (ends[0] if ends else 0), bool(ends), why_not)
 
-    def _after(self, messages: list[Message], index: int) -> str:
+    def _after(self, talk: _Talk, index: int) -> str:
         """The render after the text of turn `index`, found by rendering with a stand-in for that text."""
         stand_in = _STAND_INS[0]
-        while any(stand_in in message.content for message in messages):
+        texts = [text for message in talk.messages for text in _texts_of(message)]
+        while any(stand_in in text for text in texts):
             stand_in += "x"
-        changed = self._apply([*messages[:index], Message("assistant", stand_in), *messages[index + 1 :]])
+        changed = self._apply(talk.with_message(index, Message("assistant", stand_in)))
         if changed.count(stand_in) != 1:
             raise InputError(
                 f"turn {index + 1}: the chat template writes the assistant's text {changed.count(stand_in)} "
@@ -222,13 +257,89 @@ class ChatTemplate:
             return set()
         matcher = re.compile("|".join(map(re.escape, added)))
         try:
-            question = [Message("user", _STAND_INS[0])]
-            asked = self._apply(question)
-            answered = self._apply([*question, Message("assistant", _STAND_INS[1])])
+            question = (Message("user", _STAND_INS[0]),)
+            asked = self._apply(_Talk(question))
+            answered = self._apply(_Talk((*question, Message("assistant", _STAND_INS[1]))))
         except InputError:
             return set()  # a template with other roles: the tokens marked special are all that is known
         ends = matcher.search(answered.rpartition(_STAND_INS[1])[2])
         return set(matcher.findall(asked)) | ({ends.group()} if ends else set())
+
+
+def _turn_dict(message: Message) -> dict[str, Any]:
+    """As transformers' templates expect it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "type": "function",
+                **({"id": call.id} if call.id else {}),
+                "function": {"name": call.name, "arguments": dict(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.name:
+        turn["name"] = message.name
+    if message.call_id:
+        turn["tool_call_id"] = message.call_id
+    return turn
+
+
+def _texts_of(message: Message) -> list[str]:
+    calls = [text for call in message.tool_calls for text in (call.name, call.id, *_texts_in(call.arguments))]
+    return [message.content, message.name, message.call_id, *calls]
+
+
+def _texts_in(value: Any) -> list[str]:
+    """All texts in a value as JSON has them, keys too."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, inner in value.items() for text in (str(key), *_texts_in(inner))]
+    return [text for inner in value for text in _texts_in(inner)] if isinstance(value, list) else []
+
+
+def _with_texts(message: Message, changed: Callable[[str], str]) -> Message:
+    calls = tuple(
+        ToolCall(changed(call.name), _mapped(call.arguments, changed), changed(call.id))
+        for call in message.tool_calls
+    )
+    return Message(
+        message.role, changed(message.content), None, calls, changed(message.name), changed(message.call_id)
+    )
+
+
+def _mapped(value: Any, changed: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return changed(value)
+    if isinstance(value, Mapping):
+        return {changed(str(key)): _mapped(inner, changed) for key, inner in value.items()}
+    return [_mapped(inner, changed) for inner in value] if isinstance(value, list) else value
+
+
+def _refuse_left_out(talk: _Talk, text: str) -> None:
+    """What the assistant does not say is there to be read: a template that leaves it out loses it in silence."""
+    for index, message in enumerate(talk.messages):
+        if message.role != "assistant" and message.content.strip() not in text:
+            raise InputError(
+                f"turn {index + 1} ({message.role}): the chat template leaves its text out or changes it; remove the "
+                "turn, or use another template"
+            )
+    missing = [str(tool["function"]["name"]) for tool in talk.tools if str(tool["function"]["name"]) not in text]
+    if missing:
+        raise InputError(
+            f"the chat template does not write the tools' definitions ({', '.join(missing[:5])}); remove the tools, "
+            "or use a template that knows them"
+        )
+
+
+def _refuse_lost_calls(message: Message, index: int, written: str) -> None:
+    lost = [call.name for call in message.tool_calls if call.name not in written]
+    if lost:
+        raise InputError(
+            f"turn {index + 1}: the chat template does not write calls of tools ({', '.join(lost[:5])}); remove the "
+            "sample, or use a template that knows them"
+        )
 
 
 def _begin_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fitune.data.conversation import Sample
 from fitune.data.encoding import EncodedSample, Encoder, TrainOn, encoder_for
+from fitune.data.formats import FORMATS, TRAINABLE
+from fitune.data.hub_files import fetch, is_on_hub
 from fitune.data.length import OverLength, fit_length
 from fitune.data.reading import read_with_format
+from fitune.data.record import SHOWN_PROBLEMS
 from fitune.data.report import (
     SHOWN_SAMPLES,
     DataReport,
@@ -22,8 +26,8 @@ from fitune.data.report import (
     problem_at,
     view_of,
 )
-from fitune.data.sources import SHOWN_PROBLEMS
 from fitune.data.split import content_key, split_share
+from fitune.data.text_checks import text_problems
 from fitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +49,8 @@ class SourceSettings(Protocol):
     @property
     def columns(self) -> Mapping[str, str]: ...
     @property
+    def instruction(self) -> str | None: ...
+    @property
     def weight(self) -> float: ...
 
 
@@ -65,6 +71,8 @@ class DataSettings(Protocol):
     def max_tokens(self) -> int: ...
     @property
     def over_length(self) -> OverLength: ...
+    @property
+    def missing_end_tokens(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +97,23 @@ class _Tally:
     kept: list[EncodedSample] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     samples: int = 0
+    lost_end: int = 0
     cut: int = 0
     dropped: int = 0
     empty: int = 0
     nothing_to_train: int = 0
     without_end_token: int = 0
+    suspicious: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """Data as far as they could be read, and why they cannot be trained on; empty: they can."""
+
+    data: TrainingData
+    refusals: tuple[InputError, ...]
 
 
 def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TrainingData:
@@ -107,13 +126,26 @@ def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, s
             nothing is left to train on; more than `NOTHING_TO_TRAIN_SHARE` of the samples have no trained
             token; a trained answer has no end-of-turn token; or the validation set is the training set.
     """
+    examined = examine_data(data, tokenizer, seed)
+    if examined.refusals:
+        raise examined.refusals[0]
+    return examined.data
+
+
+def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Examined:
+    """As `load_training_data`, with what would be refused beside what was found.
+
+    Raises:
+        InputError: a file cannot be read, or settings contradict each other.
+    """
     encoder = encoder_for(tokenizer)
     validation_path = data.validation if isinstance(data.validation, str) else None
     _refuse_same_file(data.train, validation_path)
     read, files = _read(data.train, validation_path)
     _refuse_template(encoder, files, data)
+    refusals = [_untrainable_format(file) for file in files if FORMATS[file.format].objective]
     tally = _encode_all(read[: len(data.train)], [source.weight for source in data.train], encoder, data)
-    _refuse_untrainable(tally)
+    refusals += _refused(tally, data)
     keys = [content_key(sample) for sample in tally.kept]
     duplicates = _note_duplicates(tally, keys)
     kept, leaked = tally.kept, 0
@@ -121,16 +153,17 @@ def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, s
     chosen = list(range(len(kept)))
     if validation_path is not None:
         checked = _encode_all(read[len(data.train) :], [1.0], encoder, data)
-        _refuse_untrainable(checked, "validation")
+        refusals += _refused(checked, data, "validation")
         held_out = checked.kept
-        leaked = _note_leaks(held_out, set(keys), tally.problems, validation_path)
+        leaked = _note_leaks(held_out, set(keys), tally.problems, validation_path, refusals)
         tally.problems += checked.problems
-    elif isinstance(data.validation, float):
+        tally.suspicious += checked.suspicious
+    elif isinstance(data.validation, float) and not refusals:
         chosen, places = split_share(keys, data.validation, seed)
         held_out = [kept[place] for place in places]
     train = list(_weighted([kept[place] for place in chosen], [tally.weights[place] for place in chosen], seed))
-    if not train:
-        raise InputError("data.train: the weights leave no sample; raise one of them")
+    if not train and not refusals:
+        refusals.append(InputError("data.train: the weights leave no sample; raise one of them"))
     report = DataReport(
         files=tuple(files),
         samples=tally.samples,
@@ -144,17 +177,29 @@ def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, s
         duplicates=duplicates,
         leaked=leaked,
         without_end_token=tally.without_end_token,
+        end_token_share=1 - (tally.without_end_token + tally.lost_end) / max(1, len(kept)),
         nothing_to_train=tally.nothing_to_train,
         control_tokens_in_text=sum(sample.control_tokens_in_text for sample in kept),
         lost_characters=sum(sample.lost_characters for sample in kept),
         row_tokens=data.max_tokens,
-        longest_tokens=max(map(len, kept)),
+        longest_tokens=max(map(len, kept), default=0),
         lengths=length_histogram([len(sample) for sample in kept]),
         has_default_template=encoder.template.is_default,
+        mojibake=tally.suspicious["mojibake"],
+        control_characters=tally.suspicious["control_characters"],
+        mixed_scripts=tally.suspicious["mixed_scripts"],
+        refused=tuple(str(refusal) for refusal in refusals),
         problems=tuple(tally.problems),
         views=tuple(view_of(sample, tokenizer) for sample in kept[:SHOWN_SAMPLES]),
     )
-    return TrainingData(train, held_out, report)
+    return Examined(TrainingData(train, held_out, report), tuple(refusals))
+
+
+def _untrainable_format(file: SourceFile) -> InputError:
+    kind = FORMATS[file.format].objective
+    return InputError(
+        f"these are {kind}, which this version cannot train; trained are {', '.join(TRAINABLE)}", where=file.path
+    )
 
 
 def _refuse_template(encoder: Encoder, files: Sequence[SourceFile], data: DataSettings) -> None:
@@ -184,23 +229,34 @@ def _refuse_same_file(sources: Sequence[SourceSettings], validation: str | None)
             )
 
 
+class _Wanted(NamedTuple):
+    """A file, and how it is read."""
+
+    path: str
+    format: str
+    columns: Mapping[str, str]
+    instruction: str
+
+
 def _read(sources: Sequence[SourceSettings], validation: str | None) -> tuple[list[list[Sample]], list[SourceFile]]:
-    wanted = [(source.path, source.format, source.columns) for source in sources]
+    wanted = [_Wanted(source.path, source.format, source.columns, source.instruction or "") for source in sources]
     if validation is not None:
         # A validation file is written like the training files; only its columns may need the same names.
-        like = sources[0] if len({(s.format, tuple(s.columns.items())) for s in sources}) == 1 else None
-        wanted.append((validation, like.format if like else "auto", like.columns if like else {}))
+        alike = len({(s.format, tuple(s.columns.items()), s.instruction) for s in sources}) == 1
+        wanted.append(wanted[0]._replace(path=validation) if alike else _Wanted(validation, "auto", {}, ""))
     read: list[list[Sample]] = []
     files: list[SourceFile] = []
     errors: list[InputError] = []
-    for path, format, columns in wanted:
+    for source in wanted:
+        samples: list[Sample] = []
+        read.append(samples)
         try:
-            samples, name = read_with_format(path, format, columns)
+            for file in fetch(source.path) if is_on_hub(source.path) else [source.path]:
+                found, name = read_with_format(file, source.format, source.columns, source.instruction)
+                samples += found
+                files.append(SourceFile(str(file), name, len(found)))
         except InputError as error:
             errors.append(error)
-            continue
-        read.append(samples)
-        files.append(SourceFile(str(path), name, len(samples)))
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -212,15 +268,15 @@ def _encode_all(
     groups: Sequence[Sequence[Sample]], weights: Sequence[float], encoder: Encoder, data: DataSettings
 ) -> _Tally:
     tally = _Tally()
-    refused: list[str] = []
     for samples, weight in zip(groups, weights, strict=True):
         for sample in samples:
             tally.samples += 1
             try:
                 fitted = fit_length(sample, encoder, data.max_tokens, data.over_length, data.train_on, data.system)
             except InputError as error:
-                refused.append(str(error))
+                tally.refused.append(str(error))
                 continue
+            _note_text(tally, sample)
             if fitted.note:
                 tally.problems.append(problem_at(sample.origin, fitted.note))
             if fitted.encoded is None:
@@ -244,23 +300,33 @@ def _encode_all(
             if any(message.role == "assistant" and not message.content.strip() for message in sample.messages):
                 tally.empty += 1
                 tally.problems.append(problem_at(sample.origin, "an answer is empty"))
+            tally.lost_end += fitted.encoded.lost_end and sample.text is None
             tally.kept.append(fitted.encoded)
             tally.weights.append(weight)
-    if refused:
-        more = len(refused) - SHOWN_PROBLEMS
-        raise InputError(
-            [*refused[:SHOWN_PROBLEMS], *([f"and {more} more samples"] if more > 0 else [])], where="data"
-        )
     return tally
 
 
-def _refuse_untrainable(tally: _Tally, name: str = "train") -> None:
+def _note_text(tally: _Tally, sample: Sample) -> None:
+    """What looks wrong in a sample's text, each kind once."""
+    texts = [sample.text] if sample.text is not None else [message.content for message in sample.messages]
+    found: dict[str, str] = {}
+    for text in texts:
+        for kind, sentence in text_problems(text):
+            found.setdefault(kind, sentence)
+    tally.suspicious.update(found.keys())
+    tally.problems += [problem_at(sample.origin, sentence) for sentence in found.values()]
+
+
+def _refused(tally: _Tally, data: DataSettings, name: str = "train") -> list[InputError]:
+    """Why these samples cannot be trained on."""
     where = f"data.{name}"
+    if tally.refused:
+        more = len(tally.refused) - SHOWN_PROBLEMS
+        listed = [*tally.refused[:SHOWN_PROBLEMS], *([f"and {more} more samples"] if more > 0 else [])]
+        return [InputError(listed, where="data")]
     if tally.nothing_to_train > NOTHING_TO_TRAIN_SHARE * tally.samples or not tally.kept:
-        listed = [
-            f"{problem.file} line {problem.line}: {problem.message}" for problem in tally.problems[:SHOWN_PROBLEMS]
-        ]
-        raise InputError(
+        listed = [str(problem) for problem in tally.problems[:SHOWN_PROBLEMS]]
+        error = InputError(
             [
                 f"{tally.nothing_to_train} of {tally.samples} samples have no token to train and {tally.dropped} "
                 f"were dropped for their length; {len(tally.kept)} are left "
@@ -270,13 +336,17 @@ def _refuse_untrainable(tally: _Tally, name: str = "train") -> None:
             ],
             where=where,
         )
-    if tally.without_end_token:
-        raise InputError(
+        return [error]
+    if tally.without_end_token and data.missing_end_tokens == "error":
+        error = InputError(
             f"in {tally.without_end_token} of {tally.samples} samples a trained answer has no end-of-turn token, "
             "so the model would not learn to stop: the chat template writes no control token after the answer "
-            "in every turn; use another template, or train_on: last_assistant",
+            "in every turn; use another template, take data.train_on: last_assistant where only earlier turns lack "
+            "it, or allow it with data.missing_end_tokens: allow",
             where=where,
         )
+        return [error]
+    return []
 
 
 def _note_duplicates(tally: _Tally, keys: Sequence[bytes]) -> int:
@@ -291,14 +361,18 @@ def _note_duplicates(tally: _Tally, keys: Sequence[bytes]) -> int:
     return count
 
 
-def _note_leaks(held_out: Sequence[EncodedSample], train: set[bytes], problems: list[Problem], path: str) -> int:
+def _note_leaks(
+    held_out: Sequence[EncodedSample], train: set[bytes], problems: list[Problem], path: str,
+    refusals: list[InputError],
+) -> int:  # fmt: skip
     leaked = [sample for sample in held_out if content_key(sample) in train]
-    if len(leaked) == len(held_out):
-        raise InputError(
+    if held_out and len(leaked) == len(held_out):
+        error = InputError(
             "every validation sample is also a training sample, so validation would measure memory only; "
             "hold out a share of the training data instead, such as 0.05",
             where=path,
         )
+        refusals.append(error)
     problems += [problem_at(sample.origin, "a validation sample that is also trained on") for sample in leaked]
     return len(leaked)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fitune.data.chat_template import ChatTemplate, Render
+from fitune.data.chat_template import ChatTemplate, Render, Tools
 from fitune.data.conversation import Message, Origin, Sample
 from fitune.errors import InputError
 
@@ -34,6 +34,7 @@ class EncodedSample:
         control_tokens_in_text: how many control tokens the data held; they are encoded as plain text.
         lost_characters: how many of its characters the vocabulary cannot write (or runs of them).
         is_cut: whether the over-length policy shortened it.
+        lost_end: whether that took the end of the text or of the last answer.
     """
 
     tokens: tuple[int, ...]
@@ -43,6 +44,7 @@ class EncodedSample:
     control_tokens_in_text: int = 0
     lost_characters: int = 0
     is_cut: bool = False
+    lost_end: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,17 +78,18 @@ class Encoder:
         try:
             if sample.text is not None:
                 return self._encode_text(sample.text, sample.origin)
-            return self._encode_messages(with_system(sample.messages, system), train_on, sample.origin)
+            messages = with_system(sample.messages, system)
+            return self._encode_messages(messages, sample.tools, train_on, sample.origin)
         except InputError as error:
             if sample.origin is None:
                 raise
             raise InputError(error.problems, where=str(sample.origin)) from None
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """As the module's `encode_prompt`."""
         if not messages:
             raise InputError("there is no message to answer")
-        render = self.template.prompt(messages)
+        render = self.template.prompt(messages, tools)
         return self.template.control_tokens.encode(render.text, _cuts(render), render.breaker).tokens
 
     def _encode_text(self, text: str, origin: Origin | None) -> EncodedSample:
@@ -105,11 +108,11 @@ class Encoder:
         )
 
     def _encode_messages(
-        self, messages: Sequence[Message], train_on: TrainOn, origin: Origin | None
+        self, messages: Sequence[Message], tools: Tools, train_on: TrainOn, origin: Origin | None
     ) -> EncodedSample:
         if not messages:
             raise InputError("the conversation has no turns")
-        render = self.template.render(messages)
+        render = self.template.render(messages, tools)
         cuts = _cuts(render)
         encoded = self.template.control_tokens.encode(render.text, cuts, render.breaker)
         border = dict(zip(cuts, encoded.borders, strict=True))
@@ -206,17 +209,17 @@ def encode(
     return encoder_for(tokenizer).encode(sample, train_on, system)
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The turns so far -> exactly the token ids that generation is fed.
+def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Tools = ()) -> list[int]:
+    """The turns so far (and what tools there are) -> exactly the token ids that generation is fed.
 
     They equal the tokens before the answer in the training sample that goes on from these turns.
 
     Raises:
         InputError: there are no turns, or the template refuses them.
     """
-    return encoder_for(tokenizer).encode_prompt(messages)
+    return encoder_for(tokenizer).encode_prompt(messages, tools)
 
 
 def cut_to(sample: EncodedSample, tokens: int) -> EncodedSample:
     """The first `tokens` tokens; what ended the sample is gone, so no end token is trained after a cut answer."""
-    return replace(sample, tokens=sample.tokens[:tokens], trained=sample.trained[:tokens], is_cut=True)
+    return replace(sample, tokens=sample.tokens[:tokens], trained=sample.trained[:tokens], is_cut=True, lost_end=True)

@@ -31,11 +31,15 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something about one sample that its owner should know; `file` and `line` say which one."""
+    """Something about one sample that its owner should know; `file` and `line` (or row, by `unit`) say which one."""
 
     file: str
     line: int
     message: str
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.unit} {self.line}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class DataReport:
         duplicates: equal to an earlier one; they are kept, and never on both sides of a split.
         leaked: validation samples that are also training samples.
         without_end_token: with a trained answer whose end-of-turn token is not trained, cut ones aside.
+        end_token_share: of the samples kept, those whose trained turns all end with a trained end-of-turn token.
         nothing_to_train: without a trained token; left out.
         control_tokens_in_text: control tokens that the data itself held, encoded as plain text.
         lost_characters: characters that the tokenizer's vocabulary cannot write.
@@ -79,6 +84,10 @@ class DataReport:
         longest_tokens: the longest sample kept.
         lengths: (at most so many tokens, samples) in ascending order.
         has_default_template: whether the tokenizer had no chat template and the default one was used.
+        mojibake: with text that was read in a wrong encoding before it came here.
+        control_characters: with characters that are no text.
+        mixed_scripts: with a word of letters of two alphabets.
+        refused: why this cannot be trained on; empty: it can.
         problems: everything that was found, with file and line.
         views: the first samples with their mask.
     """
@@ -95,6 +104,7 @@ class DataReport:
     duplicates: int
     leaked: int
     without_end_token: int
+    end_token_share: float
     nothing_to_train: int
     control_tokens_in_text: int
     lost_characters: int
@@ -102,6 +112,10 @@ class DataReport:
     longest_tokens: int
     lengths: tuple[tuple[int, int], ...]
     has_default_template: bool
+    mojibake: int
+    control_characters: int
+    mixed_scripts: int
+    refused: tuple[str, ...]
     problems: tuple[Problem, ...]
     views: tuple[SampleView, ...]
 
@@ -116,17 +130,17 @@ class DataReport:
         from rich.text import Text
 
         facts = Table.grid(padding=(0, 2))
-        for name, value in self._facts():
+        for name, value in facts_of(self):
             facts.add_row(Text(name), Text(value))
         parts: list[Any] = [facts, Text(), Text("lengths in tokens")]
         most = max((count for _, count in self.lengths), default=1)
         for upper, count in self.lengths:
             parts.append(Text(f"  up to {upper:>7,}  {count:>8,}  {'█' * round(30 * count / most)}"))
+        if self.refused:
+            parts += [Text(), Text("cannot be trained on", style="bold red"), *map(Text, self.refused)]
         if self.problems:
             parts += [Text(), Text(f"{len(self.problems)} things to know", style="yellow")]
-            parts += [
-                Text(f"  {item.file} line {item.line}: {item.message}") for item in self.problems[:SHOWN_PROBLEMS]
-            ]
+            parts += [Text(f"  {item}") for item in self.problems[:SHOWN_PROBLEMS]]
             if len(self.problems) > SHOWN_PROBLEMS:
                 parts.append(Text(f"  and {len(self.problems) - SHOWN_PROBLEMS} more"))
         for view in self.views:
@@ -137,31 +151,38 @@ class DataReport:
             ]
         return Group(*parts)
 
-    def _facts(self) -> list[tuple[str, str]]:
-        share = 100 * self.trained_tokens / self.tokens if self.tokens else 0.0
-        facts = [(f"{file.path}", f"{file.samples:,} samples, format {file.format}") for file in self.files]
-        facts += [
-            (
-                "samples",
-                f"{self.samples:,} read; {self.train_samples:,} train, {self.validation_samples:,} validation",
-            ),
-            ("tokens", f"{self.tokens:,}, of which {self.trained_tokens:,} trained ({share:.1f} %)"),
-            ("longest sample", f"{self.longest_tokens:,} tokens; a row holds {self.row_tokens:,}"),
-        ]
-        if self.has_default_template:
-            facts.append(("chat template", "the model has none; the default one (### Instruction:) is used"))
-        counts = {
-            "cut": self.cut,
-            "dropped": self.dropped,
-            "empty answers": self.empty,
-            "duplicates": self.duplicates,
-            "in validation and training": self.leaked,
-            "without end-of-turn token": self.without_end_token,
-            "nothing to train": self.nothing_to_train,
-            "control tokens in the data": self.control_tokens_in_text,
-            "characters lost by the tokenizer": self.lost_characters,
-        }
-        return [*facts, *((name, f"{count:,}") for name, count in counts.items())]
+
+def facts_of(report: DataReport) -> list[tuple[str, str]]:
+    """Name and value of what there is to say in one line each."""
+    share = 100 * report.trained_tokens / report.tokens if report.tokens else 0.0
+    facts = [(f"{file.path}", f"{file.samples:,} samples, format {file.format}") for file in report.files]
+    facts += [
+        (
+            "samples",
+            f"{report.samples:,} read; {report.train_samples:,} train, {report.validation_samples:,} validation",
+        ),
+        ("tokens", f"{report.tokens:,}, of which {report.trained_tokens:,} trained ({share:.1f} %)"),
+        ("longest sample", f"{report.longest_tokens:,} tokens; a row holds {report.row_tokens:,}"),
+    ]
+    if report.has_default_template:
+        facts.append(("chat template", "the model has none; the default one (### Instruction:) is used"))
+    counts = {
+        "cut": report.cut,
+        "dropped": report.dropped,
+        "empty answers": report.empty,
+        "duplicates": report.duplicates,
+        "in validation and training": report.leaked,
+        "without end-of-turn token": report.without_end_token,
+        "end-of-turn trained": f"{100 * report.end_token_share:.1f} % of the samples",
+        "nothing to train": report.nothing_to_train,
+        "control tokens in the data": report.control_tokens_in_text,
+        "characters lost by the tokenizer": report.lost_characters,
+        "wrong encoding": report.mojibake,
+        "control characters": report.control_characters,
+        "words of two alphabets": report.mixed_scripts,
+    }
+    shown = {name: count if isinstance(count, str) else f"{count:,}" for name, count in counts.items()}
+    return [*facts, *shown.items()]
 
 
 def length_histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -192,7 +213,9 @@ def view_of(sample: EncodedSample, tokenizer: PreTrainedTokenizerBase) -> Sample
 
 def problem_at(origin: Origin | None, message: str) -> Problem:
     """A problem of the sample at `origin`."""
-    return Problem(origin.path, origin.line, message) if origin else Problem("(no file)", 0, message)
+    if origin is None:
+        return Problem("(no file)", 0, message)
+    return Problem(origin.path, origin.line, message, origin.unit)
 
 
 def _place(origin: Origin | None) -> str:

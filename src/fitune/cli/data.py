@@ -1,0 +1,213 @@
+"""`fitune data`: what a file of training data holds, in another format, in parts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fitune.errors import InputError
+
+if TYPE_CHECKING:
+    from fitune.config.schema import RunConfig
+
+group = typer.Typer(help="Inspect, convert and split training data.", no_args_is_help=True)
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--columns", metavar="FOUND=WANTED", help="Rename a column; a path such as answers[0].text too."),
+]
+Found = Annotated[str, typer.Option("--format", help="How the records are written; auto recognises it.")]
+Instruction = Annotated[str, typer.Option(help="For records of questions and answers that have no instruction.")]
+
+
+class Target(StrEnum):
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    question_answer = "question_answer"
+    text = "text"
+    preference = "preference"
+    kto = "kto"
+
+
+class OverLength(StrEnum):
+    error = "error"
+    drop = "drop"
+    cut = "cut"
+
+
+class TrainOn(StrEnum):
+    assistant = "assistant"
+    last_assistant = "last_assistant"
+    all = "all"
+
+
+@group.command("inspect")
+def inspect(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Data files, or one run file (.yaml).")],
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer and chat template; without it the run file's, or bundled.")
+    ] = None,
+    found: Found = "auto",
+    columns: Columns = None,
+    instruction: Instruction = "",
+    validation: Annotated[
+        str | None, typer.Option(metavar="FILE|SHARE", help="Validation data, or the share to hold out.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=16, help="Length of a row.")] = None,
+    over_length: Annotated[OverLength | None, typer.Option(help="What to do with samples longer than a row.")] = None,
+    train_on: Annotated[TrainOn | None, typer.Option(help="Whose tokens are learnt.")] = None,
+    with_time: Annotated[bool, typer.Option("--time", help="Estimate the time of an epoch (takes a probe).")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Show what would be trained on, token by token, and what is wrong with it; exit code 2 where it cannot be."""
+    if html is not None and not html.absolute().parent.is_dir():
+        raise InputError(f"--html {html}: there is no folder {html.absolute().parent} to write it in")
+    from fitune.data.dataset import examine_data
+    from fitune.models.find import find_model
+
+    given = {
+        "max_tokens": max_tokens,
+        "over_length": over_length.value if over_length else None,
+        "train_on": train_on.value if train_on else None,
+    }
+    data: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if validation is not None:
+        data["validation"] = _share(validation)
+    config = _run_of(files, found, _columns(columns), instruction, data, model)
+    source = find_model(config.model)
+    examined = examine_data(config.data, source.tokenizer(), config.seed)
+    report = examined.data.report
+    seconds = _epoch_seconds(config) if with_time and not report.refused else None
+    if html is not None:
+        from fitune.atomic import write_text
+        from fitune.cli.data_report_page import data_report_page
+
+        write_text(html, data_report_page(report, config.model, seconds))
+    if as_json:
+        from fitune.cli.output import print_json
+
+        print_json({"model": config.model, **report.as_json(), "seconds_per_epoch": seconds})
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(report.as_rich())
+        if seconds is not None:
+            from fitune.train.progress_view import clock
+
+            print(f"\nAn epoch takes about {clock(seconds)} on this machine ({config.method}, default settings).")
+    if report.refused:
+        raise typer.Exit(2)
+
+
+@group.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="The data file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; its suffix says how.")],
+    to: Annotated[Target, typer.Option("--to", help="The format to write.")] = Target.messages,
+    found: Found = "auto",
+    columns: Columns = None,
+    instruction: Instruction = "",
+    answers: Annotated[
+        Path | None, typer.Option(help="A second text file, line by line the answers to FILE's lines.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Write a data file's samples in another format, and lose nothing of them."""
+    from dataclasses import asdict
+
+    from fitune.cli.output import print_json
+    from fitune.data.format_conversion import convert_file
+
+    done = convert_file(source, target, to.value, found, _columns(columns), instruction, answers)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        print(f"{done.samples:,} samples: {done.source} ({done.found}) -> {done.target} ({done.format})")
+
+
+@group.command("split")
+def split(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="The data file.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make, with a file for every part.")],
+    validation: Annotated[float, typer.Option(help="Share of the samples for validation; 0: none.")] = 0.05,
+    test: Annotated[float, typer.Option(help="Share of the samples for the test; 0: none.")] = 0.0,
+    by: Annotated[
+        str | None, typer.Option("--group", metavar="KEY", help="Samples with the same value stay in one part.")
+    ] = None,
+    stratify: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Every value has its share in every part.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other parts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Split a data file for training, validation and test; samples that say the same never part."""
+    from dataclasses import asdict
+
+    from fitune.cli.output import print_json
+    from fitune.data.splitting import split_file
+
+    shares = {name: share for name, share in (("validation", validation), ("test", test)) if share != 0}
+    done = split_file(source, folder, shares, seed, by, stratify)
+    if as_json:
+        print_json(asdict(done))
+        return
+    for part, file in done.files.items():
+        print(f"{part:<10}  {done.samples[part]:>9,} samples  {file}")
+    print(f"{done.duplicates:,} samples say the same as an earlier one; each lies in its part.")
+    if by is not None:
+        print(f"{done.groups:,} values of {by}, none of them in two parts.")
+
+
+def _columns(given: list[str] | None) -> dict[str, str]:
+    columns = {}
+    for entry in given or []:
+        found, mark, wanted = entry.partition("=")
+        if not mark or not found or not wanted:
+            raise InputError(f"--columns {entry}: write FOUND=WANTED, such as question=instruction")
+        columns[found] = wanted
+    return columns
+
+
+def _share(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _run_of(
+    files: list[str], found: str, columns: dict[str, str], instruction: str, data: dict[str, Any], model: str | None
+) -> RunConfig:
+    """The run file's settings, or those of a run on these files, with the options in their place."""
+    from pydantic import ValidationError
+
+    from fitune.config.run_file import load
+    from fitune.config.schema import CombinationError, RunConfig
+
+    if any(Path(file).suffix.lower() in (".yaml", ".yml") for file in files):
+        if len(files) > 1 or found != "auto" or columns or instruction:
+            raise InputError("a run file says itself what its data are: give it alone")
+        overrides = [f"data.{name}={value}" for name, value in data.items()]
+        return load(Path(files[0]), [*overrides, *([f"model={model}"] if model else [])])
+    sources = [{"path": file, "format": found, "columns": columns, "instruction": instruction or None} for file in files]
+    try:
+        return RunConfig.model_validate({"model": model or "bundled", "data": {"train": sources, **data}})
+    except CombinationError as error:
+        raise InputError(str(error)) from None
+    except ValidationError as error:
+        raise InputError(
+            [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+        ) from None
+
+
+def _epoch_seconds(config: RunConfig) -> float | None:
+    from fitune.train.run import plan_run, prepare_run
+
+    train = config.train.model_copy(update={"epochs": 1.0, "steps": None})
+    return plan_run(prepare_run(config.model_copy(update={"train": train}))).seconds
