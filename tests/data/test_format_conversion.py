@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fitune.data.conversation import Message, Sample, ToolCall
-from fitune.data.format_conversion import convert_file
 from fitune.data.fields import RecordError
+from fitune.data.format_conversion import convert_file
 from fitune.data.formats import FORMATS
 from fitune.data.reading import read_samples, read_with_format
 from fitune.data.record_writing import record_of, write_records

@@ -195,7 +195,8 @@ def _run_of(
             raise InputError("a run file says itself what its data are: give it alone")
         overrides = [f"data.{name}={value}" for name, value in data.items()]
         return load(Path(files[0]), [*overrides, *([f"model={model}"] if model else [])])
-    sources = [{"path": file, "format": found, "columns": columns, "instruction": instruction or None} for file in files]
+    how = {"format": found, "columns": columns, "instruction": instruction or None}
+    sources = [{"path": file, **how} for file in files]
     try:
         return RunConfig.model_validate({"model": model or "bundled", "data": {"train": sources, **data}})
     except CombinationError as error:
