@@ -35,9 +35,27 @@ def test_there_is_text_for_every_step(tmp_path: Path) -> None:
 
 def test_rows_tell_both_figures_and_their_ratio() -> None:
     assert plan_accuracy.row_cells(Row("a", 10**9, 2 * 10**9, 3.0, 2.0)) == [
-        "a", "1.00", "2.00", "0.50", "3.00", "2.00", "1.50",
+        "a", "1.00", "2.00", "0.50", "3.00", "2.00", "1.50", "0%",
     ]  # fmt: skip
     assert plan_accuracy.row_cells(Row("a", problem="fitune train:\nwhy"))[-1] == "fitune train: why"
+
+
+def test_a_case_is_measured_again_only_while_the_machine_moves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drifts = iter([0.5, 0.11, 0.02, 0.0])
+    monkeypatch.setattr(
+        plan_accuracy, "measured", lambda case, *_: Row(case.name, 10**9, 2 * 10**9, 9.0, 1.0, drift=next(drifts))
+    )
+    case = next(iter(plan_accuracy.CASES.values()))
+    assert plan_accuracy.steadily_measured(case, tmp_path, tmp_path, 3, None).drift == 0.02
+    drifts = iter([0.5] * 9)
+    assert plan_accuracy.steadily_measured(case, tmp_path, tmp_path, 3, None).drift == 0.5
+    assert len(list(drifts)) == 9 - plan_accuracy.TRIES
+
+
+def test_a_machine_has_a_rate() -> None:
+    assert 1e8 < plan_accuracy.machine_rate(1) < 1e14
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fitune.kernels import rooms as room_file
-from fitune.kernels.rooms import HUGE_BYTES, SMALLEST_BYTES, a_step, empty, private_memory, rooms
+from fitune.kernels.rooms import HUGE_BYTES, SMALLEST_BYTES, a_pass, empty, private_memory, rooms
 
 SIZE = 4 * SMALLEST_BYTES
 
@@ -24,7 +24,7 @@ def of(size: int) -> torch.Tensor:
 
 
 def test_what_is_held_is_never_given_again() -> None:
-    with a_step():
+    with a_pass():
         held = [of(SIZE).fill_(number) for number in range(8)]
         views = [held[0].view(torch.bfloat16)[5:9], held.pop(1)[:10]]
         for number in range(40):
@@ -35,7 +35,7 @@ def test_what_is_held_is_never_given_again() -> None:
 
 def test_what_autograd_saves_is_held() -> None:
     weight = torch.ones(SIZE // 4, requires_grad=True)
-    with a_step():
+    with a_pass():
         saved = empty((SIZE // 4,), torch.float32).fill_(3.0)
         product = (weight * saved).sum()
         del saved
@@ -47,7 +47,7 @@ def test_what_autograd_saves_is_held() -> None:
 
 
 def test_a_room_is_taken_again_by_its_own_size_and_a_little_less() -> None:
-    with a_step():
+    with a_pass():
         address = of(SIZE).data_ptr()
         assert of(SIZE).data_ptr() == address
         assert of(int(SIZE / 1.1)).data_ptr() == address
@@ -57,39 +57,39 @@ def test_a_room_is_taken_again_by_its_own_size_and_a_little_less() -> None:
         assert rooms.held_bytes >= before + SIZE // 2
 
 
-def test_a_step_keeps_what_it_used_and_lets_go_of_the_rest() -> None:
-    with a_step():
+def test_a_pass_keeps_what_it_used_and_lets_go_of_the_rest() -> None:
+    with a_pass():
         first, _ = of(SIZE), of(3 * SIZE)
         address = first.data_ptr()
         del first, _
     assert rooms.held_bytes == 4 * SIZE
-    with a_step():
+    with a_pass():
         assert of(SIZE).data_ptr() == address
     assert rooms.held_bytes == SIZE
 
 
 def test_other_sizes_do_not_add_up() -> None:
-    """Rows of another length in the next step: the old rooms make way before the step ends."""
-    with a_step():
+    """Rows of another length in the next pass: the old rooms make way before it ends."""
+    with a_pass():
         held = [of(SIZE) for _ in range(6)]
         del held
-    with a_step():
+    with a_pass():
         held = [of(2 * SIZE) for _ in range(3)]
         assert rooms.held_bytes <= 7 * SIZE
         del held
 
 
 def test_results_keep_their_memory_when_rooms_are_cleared() -> None:
-    with a_step():
+    with a_pass():
         kept = of(SIZE).fill_(7)
     rooms.clear()
-    with a_step():
+    with a_pass():
         of(SIZE).fill_(9)
     assert int(kept.min()) == int(kept.max()) == 7
 
 
 def test_small_results_and_closed_rooms_go_to_the_heap() -> None:
-    with a_step():
+    with a_pass():
         of(SMALLEST_BYTES - 1)
     of(SIZE)
     assert rooms.held_bytes == 0
@@ -98,7 +98,7 @@ def test_small_results_and_closed_rooms_go_to_the_heap() -> None:
 
 def test_threads_have_rooms_of_their_own() -> None:
     found = []
-    with a_step():
+    with a_pass():
         of(SIZE)
         thread = threading.Thread(target=lambda: found.append((room_file.rooms.is_open, room_file.rooms.held_bytes)))
         thread.start()
@@ -107,7 +107,7 @@ def test_threads_have_rooms_of_their_own() -> None:
 
 
 def test_shapes_and_types_are_as_asked() -> None:
-    with a_step():
+    with a_pass():
         made = empty((3, 128, 1024), torch.bfloat16)
     assert made.shape == (3, 128, 1024)
     assert made.dtype == torch.bfloat16

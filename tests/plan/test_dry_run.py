@@ -14,7 +14,7 @@ from fitune.config.schema import RunConfig
 from fitune.errors import FituneError
 from fitune.fuse.head import LogitForm
 from fitune.hardware import detect
-from fitune.kernels.rooms import SMALLEST_BYTES, a_step, rooms
+from fitune.kernels.rooms import SMALLEST_BYTES, a_pass, rooms
 from fitune.models.folder import FolderSource
 from fitune.plan.anatomy import read_anatomy
 from fitune.plan.computation import Computation
@@ -108,7 +108,7 @@ def test_planned_rooms_are_the_real_ones(
     tokens = torch.randint(100, 200, (2, 512))
     positions = (torch.arange(512) % 256).expand(2, -1)
     rooms.clear()
-    with a_step():
+    with a_pass():
         for _ in range(accumulation):
             chosen = torch.arange(1, 1001)
             (-model.logprobs_at(tokens, positions, shape.documents(), chosen).sum()).backward()

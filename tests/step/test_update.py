@@ -15,10 +15,11 @@ from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
 from fitune.errors import FituneError, InputError
 from fitune.fuse.model import FusedModel
+from fitune.kernels.rooms import SMALLEST_BYTES, rooms
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
-from tiny_models import adapted, distance, model_of, random_samples
+from tiny_models import BACKEND, adapted, distance, model_of, random_samples
 
 MODEL, PEFT = adapted(model_of("llama"))
 assert MODEL is not None
@@ -154,3 +155,30 @@ def test_schedules_by_hand() -> None:
     ]  # fmt: skip
     cosine = Schedule("cosine", 1.0, 4, 0.0)
     assert [round(cosine.rate(step), 4) for step in range(4)] == [1.0, 0.8536, 0.5, 0.1464]
+
+
+@pytest.mark.skipif(BACKEND != "native", reason="rooms are for results of native kernels")
+def test_micro_batches_of_other_lengths_take_the_rooms_of_the_longest() -> None:
+    """Rows of 512 and of 256 tokens in one step: what the first took is not kept beside what the second takes."""
+    model, _ = adapted(model_of("llama", hidden_size=256, intermediate_size=1024))
+    assert model is not None
+    optimizer = Recording(model.trainable, lr=0.0)
+    samples = random_samples([512, 256, 320], seed=0)
+    most: list[int] = []
+    backward = torch.Tensor.backward
+
+    def watched(loss: torch.Tensor) -> None:
+        backward(loss)
+        most.append(rooms.held_bytes)
+
+    taken = []
+    for lengths in ([0], [1, 0], [2, 0, 1]):
+        rooms.clear()
+        most.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(torch.Tensor, "backward", watched)
+            update(model, [collate([[samples[n]]], 512, 0) for n in lengths], optimizer, 0.0, 0.0)
+        taken.append(max(most))
+    rooms.clear()
+    assert taken[0] > 4 * SMALLEST_BYTES
+    assert max(taken) < 1.15 * taken[0]

@@ -1,9 +1,9 @@
-"""Memory for what the native kernels make in a training step, used again from step to step.
+"""Memory for what the native kernels make in a forward and a backward pass, used again by the next.
 
-A general heap keeps what a step saves for its backward pass between what lives for one product, and is left with
+A general heap keeps what is saved for the backward pass between what lives for one product, and is left with
 holes: its resident size was a tenth to a third above what was alive (docs/log.md, "rooms"). Here every result of some
 size has a mapping of its own, which the next result of about that size takes over when nobody holds the first any
-more: no holes, no pages to fault in anew, and a resident size that is what a step needs.
+more: no holes, no pages to fault in anew, and a resident size that is what a pass needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 # Below this the heap is as good: small results leave small holes.
 SMALLEST_BYTES = 1 << 18
-# A room may be so much larger than what it is taken for; rows of a step differ by less.
+# A room may be so much larger than what it is taken for; most rows differ by less.
 SLACK = 1.125
 GRAIN_BYTES = 1 << 16
 HUGE_BYTES = 1 << 21
@@ -32,10 +32,10 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 
 @dataclass(slots=True)
 class _Room:
-    """A mapping, and the step it was last taken in."""
+    """A mapping, and the pass it was last taken in."""
 
     memory: Any
-    step: int
+    pass_number: int
 
     @property
     def is_free(self) -> bool:
@@ -62,7 +62,7 @@ class Rooms(threading.local):
         self._make = make or private_memory
         self._sizes: list[int] = []
         self._rooms: list[_Room] = []
-        self._step = 0
+        self._pass = 0
 
     @property
     def held_bytes(self) -> int:
@@ -76,31 +76,31 @@ class Rooms(threading.local):
         while place < len(self._sizes) and self._sizes[place] <= SLACK * size:
             room = self._rooms[place]
             if room.is_free:
-                room.step = self._step
+                room.pass_number = self._pass
                 return room.memory
             place += 1
         self._make_way(size)
         memory = self._make(size)
         place = bisect.bisect_left(self._sizes, size)
         self._sizes.insert(place, size)
-        self._rooms.insert(place, _Room(memory, self._step))
+        self._rooms.insert(place, _Room(memory, self._pass))
         return memory
 
     def _make_way(self, size: int) -> None:
-        """Lets go of free rooms that this step has not used yet, as many as the new one takes."""
+        """Lets go of free rooms that this pass has not used yet, as many as the new one takes."""
         for place in reversed(range(len(self._rooms))):
             if size <= 0:
                 return
             room = self._rooms[place]
-            if room.step != self._step and room.is_free:
+            if room.pass_number != self._pass and room.is_free:
                 size -= self._sizes[place]
                 del self._rooms[place], self._sizes[place]
 
-    def end_step(self) -> None:
-        """Lets go of the rooms that this step did not use."""
-        kept = [n for n, room in enumerate(self._rooms) if room.step == self._step or not room.is_free]
+    def end_pass(self) -> None:
+        """Lets go of the rooms that this pass did not use."""
+        kept = [n for n, room in enumerate(self._rooms) if room.pass_number == self._pass or not room.is_free]
         self._rooms, self._sizes = [self._rooms[n] for n in kept], [self._sizes[n] for n in kept]
-        self._step += 1
+        self._pass += 1
 
     def clear(self) -> None:
         """Lets go of all rooms; those that tensors lie in end with them."""
@@ -134,14 +134,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def a_step() -> Iterator[None]:
-    """Inside, results of native kernels lie in rooms, which stay for the next step where this one used them."""
+def a_pass() -> Iterator[None]:
+    """Inside, results of native kernels lie in rooms, which stay for the next pass where this one used them.
+
+    A pass is a micro-batch's: the next one of the same step may have rows of another length, and its rooms must not
+    come on top.
+    """
     was_open, rooms.is_open = rooms.is_open, True
     try:
         yield
     finally:
         rooms.is_open = was_open
-        rooms.end_step()
+        rooms.end_pass()
 
 
 _UNUSED = _Room(mmap.mmap(-1, GRAIN_BYTES), 0).holders()

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from fitune.config.schema import RunConfig
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
-from fitune.kernels.rooms import Rooms, a_step, rooms
+from fitune.kernels.rooms import Rooms, a_pass, rooms
 from fitune.plan.anatomy import WHOLE, Anatomy, Layers
 from fitune.plan.device_workspaces import DeviceWorkspaces
 from fitune.plan.even_routing import EvenRouting
@@ -306,7 +306,7 @@ def _probe(
     while len(times) <= PROBE_STEPS and spent < PROBE_SECONDS:
         clock.lap()
         start = clock.now
-        with a_step():
+        with a_pass():
             passes = even_out(watch.run(lambda: _loss(model, shape)), layers).whole(layers)
             if passes is None:
                 return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from fitune.data.batch import Batch
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
-from fitune.kernels.rooms import a_step
+from fitune.kernels.rooms import a_pass
 from fitune.step.gradients import gradients_of
 from fitune.step.objective import supervised
 
@@ -51,14 +51,6 @@ def update(
 
     Raises NonFiniteError before any weight is changed.
     """
-    with a_step():
-        return _update(model, batches, optimizer, learning_rate, max_grad_norm, objective)
-
-
-def _update(
-    model: FusedModel, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float,
-    max_grad_norm: float, objective: Objective,
-) -> StepResult:  # fmt: skip
     total_weight = float(sum(batch.weights.sum() for batch in batches))
     if total_weight == 0:
         raise FituneError("a step without a single trained token")
@@ -67,10 +59,12 @@ def _update(
     for batch in batches:
         if not batch.trained_tokens:
             continue
-        logprobs, weights = model.logprobs(batch)
-        part = objective(logprobs, weights) / total_weight
-        part.backward()
-        loss += float(part.detach())
+        with a_pass():
+            logprobs, weights = model.logprobs(batch)
+            part = objective(logprobs, weights) / total_weight
+            part.backward()
+            loss += float(part.detach())
+            del logprobs, part
     norm = gradients.norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         gradients.clear()
