@@ -313,8 +313,8 @@ def test_each_wrong_entry_of_a_list_is_told_once(folder: Path) -> None:
     text = "data:\n  train: [5, train.jsonl, [x]]\nlora:\n  targets: [q_proj, 5, '', {a: b}]\n"
     assert problems(folder, text + "train:\n  betas: [0.9, x]\n") == [
         "line 2: data.train[0]: must be a file's path, found 5; as text it takes quotes",
-        "line 2: data.train[2]: must be a file's path or a mapping {path, format, columns, instruction, weight}, "
-        "found a list",
+        "line 2: data.train[2]: must be a file's path or a mapping "
+        "{path, format, columns, instruction, weight, share}, found a list",
         "line 4: lora.targets[1]: must be text, found 5; as text it takes quotes",
         "line 4: lora.targets[2]: is empty",
         "line 4: lora.targets[3]: must be text, found a mapping",

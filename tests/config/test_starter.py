@@ -15,7 +15,7 @@ from fitune.config.schema import DataSource
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("train.jsonl", "test.jsonl", "shop.sqlite", "odd: name.json"):
+    for name in ("train.jsonl", "test.jsonl", "general.jsonl", "shop.sqlite", "odd: name.json"):
         (tmp_path / name).write_text("{}")
     return tmp_path
 

@@ -24,6 +24,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     instruction: str | None = None
     weight: float = 1.0
+    share: float | None = None
 
 
 @dataclass
@@ -36,6 +37,9 @@ class Settings:
     max_tokens: int = 1024
     over_length: Any = "error"
     missing_end_tokens: str = "error"
+    replay: str | None = None
+    replay_share: float = 0.1
+    mix_temperature: float = 1.0
 
 
 def questions(path: Path, count: int, first: int = 0) -> Path:
@@ -199,3 +203,38 @@ def test_dropped_samples_are_listed(tmp_path: Path, smollm2_tokenizer: Any) -> N
 def test_length_histogram() -> None:
     assert length_histogram([3, 16, 17, 200]) == ((16, 2), (32, 1), (64, 0), (128, 0), (256, 1))
     assert length_histogram([]) == ()
+
+
+def test_replay_is_its_share_of_the_epoch(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    task, general = questions(tmp_path / "task.jsonl", 90), questions(tmp_path / "general.jsonl", 40, first=1000)
+    data = load_training_data(
+        Settings([Source(str(task))], replay=str(general), replay_share=0.25), smollm2_tokenizer, seed=1
+    )
+    found = Counter(sample.origin.path for sample in data.train if sample.origin)
+    assert found == {str(task): 90, str(general): 30}
+    assert len({sample.tokens for sample in data.train}) == 120  # none of them twice
+    more = load_training_data(
+        Settings([Source(str(task)), Source(str(general), share=0.5)]), smollm2_tokenizer, seed=1
+    )
+    assert Counter(sample.origin.path for sample in more.train if sample.origin) == {str(task): 90, str(general): 90}
+    warm = load_training_data(
+        Settings([Source(str(task)), Source(str(general))], mix_temperature=100), smollm2_tokenizer, seed=1
+    )
+    counts = Counter(sample.origin.path for sample in warm.train if sample.origin)
+    assert abs(counts[str(task)] - counts[str(general)]) <= 2
+    assert sum(counts.values()) in (129, 130, 131)
+    with pytest.raises(InputError, match="leaves nothing for the others"):
+        load_training_data(
+            Settings([Source(str(task)), Source(str(general), share=0.95)], replay=str(general)), smollm2_tokenizer
+        )
+
+
+def test_a_split_document_is_on_one_side(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(f"{n} " + f"word{n} " * 40 for n in range(30)), encoding="utf-8")
+    settings = Settings([Source(str(path))], validation=0.2, max_tokens=32, over_length="split")
+    data = load_training_data(settings, smollm2_tokenizer)
+    assert data.report.split == data.report.samples == 30
+    sides = [{sample.origin for sample in side} for side in (data.train, data.validation)]
+    assert not sides[0] & sides[1]
+    assert all(sides)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from fitune.data import EncodedSample, Message, Sample, encode, encoder_for, fit_length
+from fitune.data.length import fit_or_split
 from fitune.errors import InputError
 
 LONG = (
@@ -63,3 +65,25 @@ def test_cut_text_has_no_end_token(smollm2_tokenizer: Any) -> None:
     fitted = fit_length(Sample(text="word " * 50), encoder_for(smollm2_tokenizer), 20, "cut")
     assert fitted.encoded is not None
     assert fitted.encoded.tokens == whole.tokens[:20]
+
+
+@pytest.mark.parametrize("words", [3, 17, 18, 19, 60])
+def test_a_split_text_trains_every_token_once(smollm2_tokenizer: Any, words: int) -> None:
+    sample = Sample(text="word " * words)
+    whole = encode(sample, smollm2_tokenizer)
+    parts = [fitted.encoded for fitted in fit_or_split(sample, encoder_for(smollm2_tokenizer), 20, "split")]
+    assert all(part is not None and 2 <= len(part) <= 20 for part in parts)
+    trained = [token for part in parts if part for token, flag in zip(part.tokens, part.trained, strict=True) if flag]
+    assert trained == list(whole.tokens[1:])
+    for before, after in pairwise(parts):
+        assert before is not None
+        assert after is not None
+        assert after.tokens[0] == before.tokens[-1]
+        assert not after.trained[0]
+    assert len(parts) == 1 or sum(len(part) == 20 for part in parts if part) >= len(parts) - 1
+
+
+def test_conversations_are_not_split(smollm2_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r'"drop" or "cut" \("split" is for plain text\)'):
+        fit_or_split(Sample(LONG), encoder_for(smollm2_tokenizer), 20, "split")
+    assert len(fit_or_split(Sample(LONG), encoder_for(smollm2_tokenizer), 2000, "split")) == 1

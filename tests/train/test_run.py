@@ -78,6 +78,22 @@ def adapter_bits(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def test_noise_on_embeddings_is_in_training_alone_and_the_same_when_resumed(place: Path, tmp_path: Path) -> None:
+    validated = (f"data.validation={place / 'validation.jsonl'}", "train.learning_rate=1e-9")
+    quiet, noisy = (
+        run(config_of(place, *validated, *more), tmp_path / name)
+        for name, more in (("quiet", []), ("noisy", ["train.neftune_alpha=20"]))
+    )
+    assert abs(quiet.losses[0][1] - noisy.losses[0][1]) > 1e-4
+    assert quiet.validation[-1][1] == pytest.approx(noisy.validation[-1][1], abs=1e-6)
+    config = config_of(place, "train.neftune_alpha=20")
+    run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "parts", watch=stop_after(3))
+    run(config, tmp_path / "parts", resume=True)
+    assert adapter_bits(tmp_path / "parts") == adapter_bits(tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(place: Path) -> Outcome:
     return run(config_of(place), place / "uninterrupted")

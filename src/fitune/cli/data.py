@@ -38,6 +38,7 @@ class OverLength(StrEnum):
     error = "error"
     drop = "drop"
     cut = "cut"
+    parts = "split"
 
 
 class TrainOn(StrEnum):
@@ -164,6 +165,80 @@ def split(
         print(f"{done.groups:,} values of {by}, none of them in two parts.")
 
 
+class PromptStyle(StrEnum):
+    compact = "compact"
+    create = "create"
+    list = "list"
+
+
+@group.command("sql")
+def sql(
+    questions: Annotated[Path, typer.Argument(metavar="QUESTIONS", help="A file as Spider's train.json or BIRD's.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file of conversations to write.")],
+    databases: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the SQLite files are.")] = None,
+    tables: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Spider's or BIRD's tables.json: schemas with descriptions.")
+    ] = None,
+    style: Annotated[PromptStyle, typer.Option(help="How schemas are written.")] = PromptStyle.compact,
+    values: Annotated[int, typer.Option(min=0, max=20, help="So many values of each column in the prompt.")] = 0,
+    max_schema_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Leave out tables that the question does not need, above so many.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Whose tokens are counted.")] = "bundled",
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run every query; leave out what fails.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Make text-to-SQL conversations of questions, queries and databases; what does not run is listed."""
+    if databases is None and tables is None:
+        raise InputError("name the folder of the SQLite files (--databases), a tables.json (--tables), or both")
+    if values and (databases is None or style is PromptStyle.compact):
+        raise InputError("--values needs --databases, and --style create or list")
+    if target.exists():
+        raise InputError("there is such a file already; name another, or remove it", where=target)
+    from fitune.cli.output import print_json
+    from fitune.data.record_writing import record_of, write_records, written_kind
+    from fitune.data.schema_files import read_schema_file
+    from fitune.data.sql_questions import find_databases, make_lessons, read_questions
+    from fitune.evaluate.sql_execution import run_for_check
+    from fitune.models.find import find_model
+
+    written_kind(target)
+    tokenizer = find_model(model).tokenizer() if max_schema_tokens else None
+    lessons = make_lessons(
+        read_questions(questions),
+        find_databases(databases) if databases else {},
+        read_schema_file(tables) if tables else {},
+        run_for_check if check else None,
+        style.value,
+        values,
+        max_schema_tokens,
+        lambda text: len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else 0,
+    )
+    if not lessons.samples:
+        raise InputError([f"{origin}: {sentence}" for origin, sentence in lessons.problems[:20]], where=questions)
+    write_records(target, (record_of(sample, "messages") for sample in lessons.samples))
+    facts = {
+        "samples": len(lessons.samples),
+        "databases": len(lessons.databases),
+        "left_out": lessons.left_out,
+        "cut": lessons.cut,
+        "problems": [
+            {"file": origin.path, "line": origin.line, "message": sentence} for origin, sentence in lessons.problems
+        ],
+    }
+    if as_json:
+        print_json({"target": target, **facts})
+        return
+    for origin, sentence in lessons.problems[:20]:
+        print(f"{origin}: {sentence}")
+    if len(lessons.problems) > 20:
+        print(f"and {len(lessons.problems) - 20} more")
+    print(
+        f"{facts['samples']:,} conversations on {facts['databases']:,} databases -> {target}; {lessons.left_out:,} "
+        f"questions left out, {lessons.cut:,} schemas cut"
+    )
+
+
 def _columns(given: list[str] | None) -> dict[str, str]:
     columns = {}
     for entry in given or []:
@@ -188,7 +263,7 @@ def _run_of(
     from pydantic import ValidationError
 
     from fitune.config.run_file import load
-    from fitune.config.schema import CombinationError, RunConfig
+    from fitune.config.schema import RunConfig
 
     if any(Path(file).suffix.lower() in (".yaml", ".yml") for file in files):
         if len(files) > 1 or found != "auto" or columns or instruction:
@@ -199,12 +274,14 @@ def _run_of(
     sources = [{"path": file, **how} for file in files]
     try:
         return RunConfig.model_validate({"model": model or "bundled", "data": {"train": sources, **data}})
-    except CombinationError as error:
-        raise InputError(str(error)) from None
     except ValidationError as error:
-        raise InputError(
-            [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
-        ) from None
+        raise InputError([_sentence(found) for found in error.errors()]) from None
+
+
+def _sentence(found: Any) -> str:
+    """One of pydantic's errors, in our words where they are ours."""
+    own = found.get("ctx", {}).get("error")
+    return str(own) if own is not None else f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def _epoch_seconds(config: RunConfig) -> float | None:

@@ -106,6 +106,13 @@ class DataSource(Section):
         le=1000,
         description="How often its samples are seen in an epoch; 0.5: half of them",
     )
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Which part of an epoch's samples are from it, instead of a weight",
+        examples=[0.2],
+    )
 
 
 class DataSettings(Section):
@@ -113,7 +120,22 @@ class DataSettings(Section):
 
     train: Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources)] = Field(
         min_length=1,
-        description="The training data: a file, or a list of files or of {path, format, columns, weight}",
+        description="The training data: a file, or a list of files or of {path, format, columns, instruction, "
+        "weight, share}",
+    )
+    replay: DataPath | None = Field(
+        default=None,
+        description="General instructions, mixed in against forgetting what is not in the training data",
+        examples=["general.jsonl"],
+    )
+    replay_share: float = Field(
+        default=0.1, gt=0, lt=1, description="Which part of an epoch's samples are from data.replay"
+    )
+    mix_temperature: float = Field(
+        default=1.0,
+        ge=1,
+        le=100,
+        description="Above 1 small sets of data.train are seen more often, large ones less",
     )
     validation: DataPath | Share | None = Field(
         default=None,
@@ -137,9 +159,10 @@ class DataSettings(Section):
     max_tokens: int = Field(
         default=1024, ge=16, le=1_048_576, description="Length of a row, in tokens; no sample may be longer"
     )
-    over_length: Literal["error", "drop", "cut"] = Field(
+    over_length: Literal["error", "drop", "cut", "split"] = Field(
         default="error",
-        description="What to do with samples longer than max_tokens; dropping and cutting is reported",
+        description="What to do with samples longer than max_tokens; what is dropped, cut or (plain text) split into "
+        "several is reported",
     )
     missing_end_tokens: Literal["error", "allow"] = Field(
         default="error",
@@ -220,6 +243,14 @@ class TrainSettings(Section):
         gt=0,
         le=1_000_000,
         description="Gradients are scaled down to this norm where they exceed it",
+    )
+    neftune_alpha: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="Noise on the embeddings while training (NEFTune): at most so much, divided by the square root "
+        "of a row's tokens times the model's width; without it none",
+        examples=[5.0],
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         default="adamw",
@@ -360,6 +391,15 @@ def _conflicts(config: RunConfig) -> Iterable[Conflict]:
             ("data.validation",),
             "there is nothing to validate on; give data.validation a file or a share such as 0.05",
         )
+    for number, source in enumerate(data.train):
+        if source.share is not None and source.weight != 1:
+            yield Conflict(
+                f"data.train[{number}].share",
+                (f"data.train[{number}].weight",),
+                "given together with a weight; keep one of them",
+            )
+    if data.replay is None and data.replay_share != DataSettings.model_fields["replay_share"].default:
+        yield Conflict("data.replay_share", ("data.replay",), "has no effect without data.replay; give it a file")
     if isinstance(data.validation, str) and os.path.realpath(data.validation) in [
         os.path.realpath(source.path) for source in data.train
     ]:

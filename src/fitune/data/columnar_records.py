@@ -88,6 +88,7 @@ def _arrow_file(path: Path, row: int) -> Iterator[Record]:
 
 def _rows(batches: Any, row: int) -> Iterator[Record]:
     for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file lead anywhere in memory
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             for value in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                 row += 1

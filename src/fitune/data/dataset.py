@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from fitune.data.conversation import Sample
+from fitune.data.conversation import Message, Origin, Sample
 from fitune.data.encoding import EncodedSample, Encoder, TrainOn, encoder_for
 from fitune.data.formats import FORMATS, TRAINABLE
 from fitune.data.hub_files import fetch, is_on_hub
-from fitune.data.length import OverLength, fit_length
+from fitune.data.length import Fitted, OverLength, fit_or_split
+from fitune.data.mixing import repeated, set_weights
 from fitune.data.reading import read_with_format
 from fitune.data.record import SHOWN_PROBLEMS
 from fitune.data.report import (
@@ -52,6 +51,8 @@ class SourceSettings(Protocol):
     def instruction(self) -> str | None: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def share(self) -> float | None: ...
 
 
 class DataSettings(Protocol):
@@ -61,6 +62,12 @@ class DataSettings(Protocol):
     def train(self) -> Sequence[SourceSettings]: ...
     @property
     def validation(self) -> str | float | None: ...
+    @property
+    def replay(self) -> str | None: ...
+    @property
+    def replay_share(self) -> float: ...
+    @property
+    def mix_temperature(self) -> float: ...
     @property
     def system(self) -> str | None: ...
     @property
@@ -95,11 +102,12 @@ class _Tally:
     """What was found while encoding."""
 
     kept: list[EncodedSample] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     samples: int = 0
     lost_end: int = 0
+    split: int = 0
     cut: int = 0
     dropped: int = 0
     empty: int = 0
@@ -140,11 +148,12 @@ def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     encoder = encoder_for(tokenizer)
     validation_path = data.validation if isinstance(data.validation, str) else None
-    _refuse_same_file(data.train, validation_path)
-    read, files = _read(data.train, validation_path)
+    sources = _sources(data)
+    _refuse_same_file(sources, validation_path)
+    read, files = _read(sources, validation_path)
     _refuse_template(encoder, files, data)
     refusals = [_untrainable_format(file) for file in files if FORMATS[file.format].objective]
-    tally = _encode_all(read[: len(data.train)], [source.weight for source in data.train], encoder, data)
+    tally = _encode_all(read[: len(sources)], encoder, data)
     refusals += _refused(tally, data)
     keys = [content_key(sample) for sample in tally.kept]
     duplicates = _note_duplicates(tally, keys)
@@ -152,16 +161,21 @@ def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: i
     held_out: list[EncodedSample] = []
     chosen = list(range(len(kept)))
     if validation_path is not None:
-        checked = _encode_all(read[len(data.train) :], [1.0], encoder, data)
+        checked = _encode_all(read[len(sources) :], encoder, data)
         refusals += _refused(checked, data, "validation")
         held_out = checked.kept
         leaked = _note_leaks(held_out, set(keys), tally.problems, validation_path, refusals)
         tally.problems += checked.problems
         tally.suspicious += checked.suspicious
     elif isinstance(data.validation, float) and not refusals:
-        chosen, places = split_share(keys, data.validation, seed)
+        chosen, places = split_share(_of_documents(kept, keys), data.validation, seed)
         held_out = [kept[place] for place in places]
-    train = list(_weighted([kept[place] for place in chosen], [tally.weights[place] for place in chosen], seed))
+    train: list[EncodedSample] = []
+    try:
+        weights = _weights(sources, [tally.sources[place] for place in chosen], data.mix_temperature)
+        train = list(repeated([kept[place] for place in chosen], weights, seed))
+    except InputError as error:
+        refusals.append(error)
     if not train and not refusals:
         refusals.append(InputError("data.train: the weights leave no sample; raise one of them"))
     report = DataReport(
@@ -173,6 +187,7 @@ def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: i
         validation_samples=len(held_out),
         cut=tally.cut,
         dropped=tally.dropped,
+        split=tally.split,
         empty=tally.empty,
         duplicates=duplicates,
         leaked=leaked,
@@ -193,6 +208,33 @@ def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: i
         views=tuple(view_of(sample, tokenizer) for sample in kept[:SHOWN_SAMPLES]),
     )
     return Examined(TrainingData(train, held_out, report), tuple(refusals))
+
+
+def read_training_samples(data: DataSettings) -> tuple[list[Sample], list[Sample]]:
+    """The samples of all training files, before any is held out, and those of the validation file, if it is one.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    sources = _sources(data)
+    read, _ = _read(sources, data.validation if isinstance(data.validation, str) else None)
+    return [sample for group in read[: len(sources)] for sample in group], [
+        sample for group in read[len(sources) :] for sample in group
+    ]
+
+
+def _sources(data: DataSettings) -> list[SourceSettings]:
+    replay = [_Replay(data.replay, share=data.replay_share)] if data.replay else []
+    return [*data.train, *replay]
+
+
+def _of_documents(samples: Sequence[EncodedSample], keys: Sequence[bytes]) -> list[bytes]:
+    """The keys, but of all parts of a document the first one's: they stay together."""
+    first: dict[Origin, bytes] = {}
+    return [
+        first.setdefault(sample.origin, key) if sample.origin else key
+        for sample, key in zip(samples, keys, strict=True)
+    ]
 
 
 def _untrainable_format(file: SourceFile) -> InputError:
@@ -222,9 +264,9 @@ def _refuse_same_file(sources: Sequence[SourceSettings], validation: str | None)
         return
     for number, source in enumerate(sources):
         if Path(source.path).resolve() == Path(validation).resolve():
+            name = "data.replay" if isinstance(source, _Replay) else f"data.train[{number}]"
             raise InputError(
-                f"data.validation is the same file as data.train[{number}]; hold out a share of it instead, "
-                "such as 0.05",
+                f"data.validation is the same file as {name}; hold out a share of it instead, such as 0.05",
                 where=validation,
             )
 
@@ -264,46 +306,76 @@ def _read(sources: Sequence[SourceSettings], validation: str | None) -> tuple[li
     return read, files
 
 
-def _encode_all(
-    groups: Sequence[Sequence[Sample]], weights: Sequence[float], encoder: Encoder, data: DataSettings
-) -> _Tally:
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """The set of general samples that is mixed in against forgetting, as a source."""
+
+    path: str
+    share: float | None
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    instruction: str | None = None
+    weight: float = 1.0
+
+
+def _weights(sources: Sequence[SourceSettings], found: Sequence[int], temperature: float) -> list[float]:
+    """How often each sample is seen in an epoch; `found`: which source each is of."""
+    counts = Counter(found)
+    of_set = set_weights(
+        [counts[number] for number in range(len(sources))],
+        [source.weight for source in sources],
+        [source.share for source in sources],
+        temperature,
+    )
+    return [of_set[number] for number in found]
+
+
+def _encode_all(groups: Sequence[Sequence[Sample]], encoder: Encoder, data: DataSettings) -> _Tally:
     tally = _Tally()
-    for samples, weight in zip(groups, weights, strict=True):
+    for number, samples in enumerate(groups):
         for sample in samples:
             tally.samples += 1
             try:
-                fitted = fit_length(sample, encoder, data.max_tokens, data.over_length, data.train_on, data.system)
+                parts = fit_or_split(sample, encoder, data.max_tokens, data.over_length, data.train_on, data.system)
             except InputError as error:
                 tally.refused.append(str(error))
                 continue
             _note_text(tally, sample)
-            if fitted.note:
-                tally.problems.append(problem_at(sample.origin, fitted.note))
-            if fitted.encoded is None:
-                tally.dropped += 1
-                continue
-            tally.cut += fitted.encoded.is_cut
-            if not fitted.encoded.trained_tokens:
-                tally.nothing_to_train += 1
-                tally.problems.append(problem_at(sample.origin, "no token of it would be trained; left out"))
-                continue
-            if fitted.encoded.lost_characters:
-                tally.problems.append(
-                    problem_at(
-                        sample.origin,
-                        f"{fitted.encoded.lost_characters} characters that the tokenizer's vocabulary lacks are lost",
-                    )
-                )
-            if fitted.encoded.without_end_token:
-                tally.without_end_token += 1
-                tally.problems.append(problem_at(sample.origin, "an answer has no trained end-of-turn token"))
-            if any(message.role == "assistant" and not message.content.strip() for message in sample.messages):
-                tally.empty += 1
-                tally.problems.append(problem_at(sample.origin, "an answer is empty"))
-            tally.lost_end += fitted.encoded.lost_end and sample.text is None
-            tally.kept.append(fitted.encoded)
-            tally.weights.append(weight)
+            tally.split += len(parts) > 1
+            for fitted in parts:
+                _keep(tally, sample, fitted, number)
     return tally
+
+
+def _keep(tally: _Tally, sample: Sample, fitted: Fitted, source: int) -> None:
+    """Takes a sample, or says why not, and what there is to say of it."""
+    if fitted.note:
+        tally.problems.append(problem_at(sample.origin, fitted.note))
+    encoded = fitted.encoded
+    if encoded is None:
+        tally.dropped += 1
+        return
+    tally.cut += encoded.is_cut
+    if not encoded.trained_tokens:
+        tally.nothing_to_train += 1
+        tally.problems.append(problem_at(sample.origin, "no token of it would be trained; left out"))
+        return
+    if encoded.lost_characters:
+        lost = f"{encoded.lost_characters} characters that the tokenizer's vocabulary lacks are lost"
+        tally.problems.append(problem_at(sample.origin, lost))
+    if encoded.without_end_token:
+        tally.without_end_token += 1
+        tally.problems.append(problem_at(sample.origin, "an answer has no trained end-of-turn token"))
+    if any(message.role == "assistant" and _is_empty(message) for message in sample.messages):
+        tally.empty += 1
+        tally.problems.append(problem_at(sample.origin, "an answer is empty"))
+    tally.lost_end += encoded.lost_end and sample.text is None
+    tally.kept.append(encoded)
+    tally.sources.append(source)
+
+
+def _is_empty(message: Message) -> bool:
+    return not message.content.strip() and not message.tool_calls
 
 
 def _note_text(tally: _Tally, sample: Sample) -> None:
@@ -375,15 +447,3 @@ def _note_leaks(
         refusals.append(error)
     problems += [problem_at(sample.origin, "a validation sample that is also trained on") for sample in leaked]
     return len(leaked)
-
-
-def _weighted(samples: Sequence[EncodedSample], weights: Sequence[float], seed: int) -> Iterator[EncodedSample]:
-    """Each sample as often as its weight says; of a fractional part the exact share is drawn by the seed."""
-    chance = random.Random(f"weights with seed {seed}")
-    extra: set[int] = set()
-    for weight in sorted(set(weights)):
-        places = [place for place, own in enumerate(weights) if own == weight]
-        extra.update(chance.sample(places, round((weight - math.floor(weight)) * len(places))))
-    for place, sample in enumerate(samples):
-        for _ in range(math.floor(weights[place]) + (place in extra)):
-            yield sample

@@ -11,6 +11,7 @@ from fitune.data.sources import SUFFIXES
 from fitune.errors import InputError
 
 PREFIX = "hf://datasets/"
+PATIENCE_SECONDS = 20.0
 _REFERENCE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
 
 
@@ -40,7 +41,8 @@ def fetch(reference: str) -> list[Path]:
 
     name, revision, pattern = found.groups()
     try:
-        there = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
+        entries = HfApi().dataset_info(name, revision=revision, timeout=PATIENCE_SECONDS).siblings or []
+        there = [entry.rfilename for entry in entries]
         chosen = _choose(there, pattern, reference)
         return [Path(hf_hub_download(name, file, repo_type="dataset", revision=revision)) for file in chosen]
     except RepositoryNotFoundError:
@@ -51,7 +53,7 @@ def fetch(reference: str) -> list[Path]:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{reference}: the hub cannot be reached ({reason}); name a file instead") from None
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests"):
+        if type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise InputError(f"{reference}: the hub cannot be reached ({error}); name a file instead") from None
         raise
 

@@ -1,8 +1,10 @@
-"""What happens to samples longer than a row: refuse, drop, or cut; never in silence.
+"""What happens to samples longer than a row: refuse, drop, cut, or split; never in silence.
 
 `cut` takes, in this order and only as much as needed: the oldest exchanges; the beginning of the last question
 (never its end; it keeps at least half the row); the end of the answer, which then has no end-of-turn token, so
 that no model learns to stop in the middle. The system message stays. Plain text loses its end.
+
+`split` is for plain text, which goes on in another sample where one is full.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from fitune.data.conversation import Message, Sample
 from fitune.data.encoding import EncodedSample, Encoder, TrainOn, cut_to, with_system
 from fitune.errors import InputError
 
-OverLength = Literal["error", "drop", "cut"]
-OVER_LENGTH: tuple[OverLength, ...] = ("error", "drop", "cut")
+OverLength = Literal["error", "drop", "cut", "split"]
+OVER_LENGTH: tuple[OverLength, ...] = ("error", "drop", "cut", "split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,35 @@ class Fitted:
     encoded: EncodedSample | None
     full_tokens: int
     note: str = ""
+
+
+def fit_or_split(
+    sample: Sample, encoder: Encoder, max_tokens: int, policy: OverLength = "error",
+    train_on: TrainOn = "assistant", system: str | None = None,
+) -> list[Fitted]:  # fmt: skip
+    """As `fit_length`; a text that is split comes as its parts.
+
+    Each but the first begins with the last token of the one before, which is not trained a second time: so every
+    token of the text is trained once, given what of its part precedes it.
+    """
+    if policy != "split" or sample.text is None:
+        return [fit_length(sample, encoder, max_tokens, policy, train_on, system)]
+    whole = encoder.encode(sample, train_on, system)
+    full = len(whole)
+    parts: list[Fitted] = []
+    for start in range(0, max(1, full - 1), max_tokens - 1):
+        tokens = whole.tokens[start : start + max_tokens]
+        trained = (False, *whole.trained[start + 1 : start + max_tokens])
+        first = not parts
+        note = (
+            f"{full} tokens, split into {-(-(full - 1) // (max_tokens - 1))}" if first and full > max_tokens else ""
+        )
+        part = replace(
+            whole, tokens=tokens, trained=trained, lost_characters=whole.lost_characters * first,
+            control_tokens_in_text=whole.control_tokens_in_text * first,
+        )  # fmt: skip
+        parts.append(Fitted(part, full, note))
+    return parts
 
 
 def fit_length(
@@ -54,10 +85,11 @@ def fit_length(
     full = len(encoded)
     if full <= max_tokens:
         return Fitted(encoded, full)
-    if policy == "error":
+    if policy in ("error", "split"):
+        other = '"drop" or "cut" ("split" is for plain text)' if policy == "split" else '"drop" or "cut"'
         raise InputError(
             f"{full} tokens, but a row holds {max_tokens} (data.max_tokens); raise max_tokens, "
-            'or set data.over_length to "drop" or "cut"',
+            f"or set data.over_length to {other}",
             where=str(sample.origin) if sample.origin else None,
         )
     if policy == "drop":

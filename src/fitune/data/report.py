@@ -72,6 +72,7 @@ class DataReport:
         validation_samples: held out, or read from the validation file.
         cut: shortened by the over-length policy.
         dropped: left out by the over-length policy.
+        split: plain texts that go on in further samples.
         empty: with an answer that is empty; they are kept.
         duplicates: equal to an earlier one; they are kept, and never on both sides of a split.
         leaked: validation samples that are also training samples.
@@ -100,6 +101,7 @@ class DataReport:
     validation_samples: int
     cut: int
     dropped: int
+    split: int
     empty: int
     duplicates: int
     leaked: int
@@ -169,6 +171,7 @@ def facts_of(report: DataReport) -> list[tuple[str, str]]:
     counts = {
         "cut": report.cut,
         "dropped": report.dropped,
+        "split into several": report.split,
         "empty answers": report.empty,
         "duplicates": report.duplicates,
         "in validation and training": report.leaked,

@@ -36,11 +36,12 @@ _BARE_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column; `declared_type` is the text of the schema, "" where it has none."""
+    """One column; `declared_type` is the text of the schema, "" where it has none; `description` says it in words."""
 
     name: str
     declared_type: str = ""
     can_be_null: bool = True
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Table:
     primary_key: tuple[str, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()
     is_view: bool = False
+    description: str = ""
 
     def has_column(self, name: str) -> bool:
         return any(column.name == name for column in self.columns)

@@ -109,6 +109,14 @@ def run_query(database: Path, sql: str, timeout_seconds: float = 5.0, row_limit:
         return _run(connection, sql, timeout_seconds, row_limit)
 
 
+def run_for_check(database: Path, sql: str) -> None:
+    """Runs a query as far as its first row. Raises InputError or sqlite3.Error where that fails, or takes long."""
+    try:
+        run_query(database, sql, row_limit=1)
+    except QueryTimeoutError as error:
+        raise sqlite3.OperationalError(f"it takes too long ({error})") from None
+
+
 def _confined(database: Path) -> sqlite3.Connection:
     connection = open_read_only(database)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE_BYTES)

@@ -9,6 +9,7 @@ from pathlib import Path
 from fitune.config.schema import RunConfig
 from fitune.data import load_training_data, read_samples
 from fitune.data.conversation import Sample
+from fitune.data.dataset import read_training_samples
 from fitune.errors import InputError
 from fitune.evaluate.task_evaluation import TaskEvaluation, check_samples, evaluate_task
 from fitune.fuse.model import FusedModel
@@ -32,21 +33,16 @@ def evaluation_samples(config: RunConfig, source: ModelSource) -> list[Sample]:
     if config.evaluate.data is not None:
         return read_samples(config.evaluate.data)
     if isinstance(config.data.validation, str):
-        return read_samples(config.data.validation)
+        return read_training_samples(config.data)[1]
     if config.data.validation is None:
         raise InputError("this run held out no data; give a file with --data", where="data.validation")
     held_out = load_training_data(config.data, source.tokenizer(), config.seed).validation
     places = {(sample.origin.path, sample.origin.line) for sample in held_out if sample.origin is not None}
-    read = [
-        sample
-        for path in dict.fromkeys(
-            (entry.path, entry.format, tuple(entry.columns.items())) for entry in config.data.train
-        )
-        for sample in read_samples(path[0], path[1], dict(path[2]))
-    ]
-    return [
-        sample for sample in read if sample.origin is not None and (sample.origin.path, sample.origin.line) in places
-    ]
+    found: dict[tuple[str, int], Sample] = {}  # a file may be given twice
+    for sample in read_training_samples(config.data)[0]:
+        if sample.origin is not None and (sample.origin.path, sample.origin.line) in places:
+            found.setdefault((sample.origin.path, sample.origin.line), sample)
+    return list(found.values())
 
 
 def check_evaluation(config: RunConfig, source: ModelSource) -> list[Sample]:

@@ -21,6 +21,7 @@ from fitune.models.store import Progress
 from fitune.models.streaming import stream_layers
 from fitune.plan.computation import Computation
 from fitune.process_memory import give_back_free_memory
+from fitune.train.embedding_noise import add_embedding_noise
 
 
 def build_for_training(
@@ -58,6 +59,8 @@ def build_for_training(
     model.report.left.update({f"adapter ({layers})": reason for layers, reason in left.items()})
     if config.train.recompute == "layers":
         model.recompute_layers()
+    if config.train.neftune_alpha is not None:
+        add_embedding_noise(graph, config.train.neftune_alpha)
     graph.train()
     if computation.trains_in_int8:
         calibrate(model, calibration)
