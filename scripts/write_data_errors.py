@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -213,11 +214,20 @@ CHAPTERS = {
 }
 
 
+@cache
+def _tokenizer() -> Any:
+    return find_model("bundled").tokenizer()
+
+
+@cache
+def _own_template() -> str:
+    return str(find_model("bundled").tokenizer().chat_template)
+
+
 def _train(path: Path, template: str | None = None, **settings: Any) -> None:
     source = {name: settings.pop(name) for name in ("format", "columns") if name in settings}
-    tokenizer = find_model("bundled").tokenizer()
-    if template is not None:
-        tokenizer.chat_template = template
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = template or _own_template()
     try:
         run = RunConfig.model_validate({"data": {"train": [{"path": str(path), **source}], **settings}})
     except ValidationError as error:
