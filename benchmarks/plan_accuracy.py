@@ -42,7 +42,7 @@ from fitune.hardware import detect
 from fitune.models.find import find_model
 
 ROUNDS, WARM_STEPS = 5, 1
-STEADY, TRIES = 0.10, 4
+STEADY, TRIES = 0.10, 2
 RATE_ROWS, RATE_ROUNDS = 1536, 15
 PARAGRAPH_WORDS = 60
 COLUMNS = ("case", "planned GB", "measured GB", "ratio", "planned s", "measured s", "ratio", "drift")
