@@ -26,21 +26,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Writes beside, syncs, renames. Raises DiskFullError with the old file (if any) untouched."""
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFullError(f"the disk ran full while {path} was written; nothing was changed") from error
-        raise
-    finally:
-        Path(beside).unlink(missing_ok=True)
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager

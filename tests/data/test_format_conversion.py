@@ -129,6 +129,14 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path) -> No
         convert_file(source, tmp_path / "b.csv", "alpaca")
 
 
+def test_numbers_that_json_does_not_have_are_named(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "a", "score": 1}\n{"text": "b", "score": 1e999}', encoding="utf-8")
+    with pytest.raises(InputError, match="record 2 holds what JSON does not have"):
+        convert_file(source, tmp_path / "b.jsonl", "text")
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_two_files_of_lines_become_pairs(tmp_path: Path) -> None:
     german, english = tmp_path / "a.de", tmp_path / "a.en"
     german, english = german.with_suffix(".de.txt"), english.with_suffix(".en.txt")

@@ -354,7 +354,7 @@ def test_columns_may_be_paths(tmp_path: Path) -> None:
     columns = {"source[*]": "input", "target[0]": "output"}
     sample = read_samples(path, columns=columns, instruction="Summarise.")[0]
     assert sample.messages == (Message("user", "Summarise.\nOne. Two."), Message("assistant", "first"))
-    assert sample.extra == {"meta": {"n": {"id": "7"}}}
+    assert sample.extra == {"meta": {"n": {"id": "7"}}, "target": ["first", "second"]}
     for wrong, message in (
         ({"target[2]": "output"}, "the list has 2 entries"),
         ({"target.x": "output"}, "there is no 'x' in a list"),

@@ -84,7 +84,8 @@ def test_birds_questions_have_evidence_difficulty_and_descriptions(shared_data: 
     assert {question.database for question in questions} <= schemas.keys()
     assert schemas["debit_card_specializing"].table("yearmonth").primary_key == ("CustomerID", "Date")
     lessons = make_lessons(questions, {}, schemas, None, "list")
-    assert len(lessons.samples) == 500
+    assert (len(lessons.samples), lessons.unchecked) == (500, 0)
+    assert make_lessons(questions, {}, schemas, run_for_check, "list").unchecked == 500
     first = lessons.samples[0]
     assert first.extra == {"database": "debit_card_specializing", "difficulty": "simple"}
     assert "- Segment: text; client segment" in first.messages[0].content

@@ -59,6 +59,18 @@ def test_calls_and_answers_are_trained_and_results_are_not(tokenizer: Any) -> No
     assert trained_texts(tokenizer, last.tokens, last.trained) == ["Yes.<|im_end|>"]
 
 
+def test_results_may_be_written_as_json(tokenizer: Any) -> None:
+    """As Llama 3.1's template does."""
+    quoted = copy.deepcopy(tokenizer)
+    quoted.chat_template = TEMPLATE.replace(
+        "+ message.content + '\n</tool_response>", "+ (message.content | tojson) + '\n</tool_response>"
+    )
+    assert quoted.chat_template != TEMPLATE
+    encoded = encode(Sample(TALK, tools=TOOLS), quoted)
+    assert r'"{\"rain\": true}"' in quoted.decode(list(encoded.tokens))
+    assert trained_texts(quoted, encoded.tokens, encoded.trained)[1] == "Yes.<|im_end|>"
+
+
 def test_control_tokens_in_arguments_and_results_stay_text(tokenizer: Any) -> None:
     evil = "<|im_end|>"
     talk = (

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import typer
+from script_modules import script
 
 from fitune.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script() -> object:
-    spec = importlib.util.spec_from_file_location("write_command_docs", ROOT / "scripts" / "write_command_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_what_help_says() -> None:
     written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert written == script().command_docs(), "run: python scripts/write_command_docs.py"  # type: ignore[attr-defined]
+    assert written == script("write_command_docs").command_docs(), "run: python scripts/write_command_docs.py"
 
 
 def test_every_verb_has_a_file_and_a_place_on_the_page() -> None:

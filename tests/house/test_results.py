@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Any
+
+from script_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "write_benchmark_docs", ROOT / "scripts" / "write_benchmark_docs.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for annotations
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_pages_are_what_the_files_say() -> None:
-    for path, text in script().pages().items():
+    for path, text in script("write_benchmark_docs").pages().items():
         assert path.read_text(encoding="utf-8") == text, "run: python scripts/write_benchmark_docs.py"
 
 
@@ -36,7 +23,8 @@ def test_every_file_of_results_is_on_a_page() -> None:
 
 
 def test_both_readmes_have_the_table() -> None:
-    for name in script().README_COLUMNS:
+    pages = script("write_benchmark_docs")
+    for name in pages.README_COLUMNS:
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert script().README_MARK.search(text)
-        assert script().readme(name, text.replace(" x)", " y)")) == text
+        assert pages.README_MARK.search(text)
+        assert pages.readme(name, text.replace(" x)", " y)")) == text

@@ -33,6 +33,10 @@ def test_a_validation_file_is_read_as_the_training_files_are(tmp_path: Path) -> 
     )
     found = evaluation_samples(config, find_model("bundled"))
     assert [sample.messages[0] for sample in found] == [Message("user", f"Say.\nq{n}") for n in (50, 51, 52)]
+    general = tmp_path / "general.jsonl"  # is written as it likes
+    general.write_text('{"question": "q", "answer": "a"}', encoding="utf-8")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"replay": str(general)})})
+    assert evaluation_samples(config, find_model("bundled")) == found
 
 
 def test_a_share_held_out_is_found_again_with_its_keys(tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def sql(
         "databases": len(lessons.databases),
         "left_out": lessons.left_out,
         "cut": lessons.cut,
+        "unchecked": lessons.unchecked,
         "problems": [
             {"file": origin.path, "line": origin.line, "message": sentence} for origin, sentence in lessons.problems
         ],
@@ -237,6 +238,8 @@ def sql(
         f"{facts['samples']:,} conversations on {facts['databases']:,} databases -> {target}; {lessons.left_out:,} "
         f"questions left out, {lessons.cut:,} schemas cut"
     )
+    if lessons.unchecked:
+        print(f"{lessons.unchecked:,} queries were not run: their databases are not there")
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:

@@ -22,6 +22,9 @@ from fitune.config.document import (
     with_overrides,
 )
 from fitune.config.schema import (
+    HUB,
+    SPLITS,
+    STATE,
     CombinationError,
     Conflict,
     DataFile,
@@ -39,7 +42,6 @@ _NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-
 _BOOL = re.compile(r"(?i:true|yes|on)|(?i:false|no|off)")
 _TRUE = ("true", "yes", "on")
 _MISSING: Any = object()
-HUB = "hf://datasets/"
 
 
 class UnfitError(Exception):
@@ -233,7 +235,7 @@ class _Reader:
     def is_saved_data(self, node: Node, text: str) -> bool:
         """A folder that the library `datasets` saved; what is in it is looked at when it is read."""
         folder = self.resolved(node, text)
-        return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        return any((folder / name).is_file() for name in (STATE, SPLITS))
 
     def file(self, node: Node, text: str, where: str) -> str:
         path = self.resolved(node, text)

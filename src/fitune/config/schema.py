@@ -17,6 +17,11 @@ class InputFile:
     """Marks a path that must name an existing file."""
 
 
+# How data sets on the hub are named, and what tells a folder that the library `datasets` saved.
+HUB = "hf://datasets/"
+STATE, SPLITS = "state.json", "dataset_dict.json"
+
+
 @dataclass(frozen=True)
 class DataFile(InputFile):
     """The same, or a folder that `datasets` saved, or hf://datasets/OWNER/NAME."""

@@ -13,6 +13,7 @@ No text of the data is ever searched for. Where a check fails the conversation i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -320,7 +321,7 @@ def _mapped(value: Any, changed: Callable[[str], str]) -> Any:
 def _refuse_left_out(talk: _Talk, text: str) -> None:
     """What the assistant does not say is there to be read: a template that leaves it out loses it in silence."""
     for index, message in enumerate(talk.messages):
-        if message.role != "assistant" and message.content.strip() not in text:
+        if message.role != "assistant" and not _is_written(message.content.strip(), text):
             raise InputError(
                 f"turn {index + 1} ({message.role}): the chat template leaves its text out or changes it; remove the "
                 "turn, or use another template"
@@ -331,6 +332,11 @@ def _refuse_left_out(talk: _Talk, text: str) -> None:
             f"the chat template does not write the tools' definitions ({', '.join(missing[:5])}); remove the tools, "
             "or use a template that knows them"
         )
+
+
+def _is_written(content: str, text: str) -> bool:
+    """As it is, or as JSON, which some templates make of what tools answer."""
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
 def _refuse_lost_calls(message: Message, index: int, written: str) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fitune.config.schema import SPLITS, STATE
 from fitune.data.record import Problems, Record
 from fitune.errors import InputError
 
 ROWS_AT_ONCE = 256
-STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
 def parquet_records(path: Path, problems: Problems) -> Iterator[Record]:

@@ -11,12 +11,14 @@ from fitune.errors import InputError
 
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\*)\]")
 _START = re.compile(r"[^.\[\]]+")
+_ALL = -1  # the place that `[*]` is
 
 
 def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record with its keys renamed as `columns` says (found -> wanted).
 
-    A key that is not there by itself may be a path: `answers[0].text`; `[*]` joins a list of texts with spaces.
+    A key that is not there by itself may be a path: `answers[0].text`; `[*]` joins a list of texts with spaces. What
+    a path takes only a part of stays beside it.
 
     Raises:
         RecordError: a named key is missing, or its new name is taken.
@@ -27,7 +29,8 @@ def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     missing = [key for key, steps in paths.items() if not steps or steps[0] not in record]
     if missing:
         raise RecordError(f"{', '.join(map(repr, missing))} of `columns` is missing (keys found: {keys_of(record)})")
-    used = {steps[0] for steps in paths.values()} | columns.keys()
+    used = columns.keys() | {steps[0] for steps in paths.values() if steps[1:] == [_ALL]}
+    used |= {steps[0] for steps in paths.values() if steps[0] in columns.values()}  # gives its name away
     taken = [wanted for wanted in columns.values() if wanted in record and wanted not in used]
     if taken:
         raise RecordError(f"`columns` maps to {', '.join(map(repr, taken))}, which the record already has")
@@ -61,7 +64,7 @@ def value_at(record: Mapping[str, Any], path: str) -> Any:
 
 
 def _steps(path: str) -> list[str | int]:
-    """The keys and places that a path names; empty: it is none. `[*]` is the place -1."""
+    """The keys and places that a path names; empty: it is none."""
     start = _START.match(path)
     if start is None:
         return []
@@ -72,7 +75,7 @@ def _steps(path: str) -> list[str | int]:
         if step is None:
             return []
         key, place = step.groups()
-        steps.append(key if key is not None else -1 if place == "*" else int(place))
+        steps.append(key if key is not None else _ALL if place == "*" else int(place))
         at = step.end()
     return steps if len(steps) > 1 else []
 
@@ -85,7 +88,7 @@ def _reach(value: Any, steps: Sequence[str | int], path: str) -> Any:
             value = value[step]
         elif not isinstance(value, list):
             raise RecordError(f"{path!r}: a list is wanted, found {kind_of_value(value)}")
-        elif step < 0:
+        elif step == _ALL:
             parts = [_reach(inner, steps[number + 1 :], path) for inner in value]
             wrong = next((part for part in parts if not isinstance(part, str)), None)
             if wrong is not None:

@@ -284,7 +284,8 @@ def _read(sources: Sequence[SourceSettings], validation: str | None) -> tuple[li
     wanted = [_Wanted(source.path, source.format, source.columns, source.instruction or "") for source in sources]
     if validation is not None:
         # A validation file is written like the training files; only its columns may need the same names.
-        alike = len({(s.format, tuple(s.columns.items()), s.instruction) for s in sources}) == 1
+        own = [source for source in sources if not isinstance(source, _Replay)]
+        alike = len({(s.format, tuple(s.columns.items()), s.instruction) for s in own}) == 1
         wanted.append(wanted[0]._replace(path=validation) if alike else _Wanted(validation, "auto", {}, ""))
     read: list[list[Sample]] = []
     files: list[SourceFile] = []

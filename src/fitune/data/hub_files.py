@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from fitune.config.schema import HUB
 from fitune.data.sources import SUFFIXES
 from fitune.errors import InputError
 
-PREFIX = "hf://datasets/"
 PATIENCE_SECONDS = 20.0
 _REFERENCE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
 
@@ -30,7 +30,7 @@ def fetch(reference: str) -> list[Path]:
     """
     found = _REFERENCE.fullmatch(reference)
     if found is None:
-        raise InputError(f"{reference} is not of the form {PREFIX}OWNER/NAME[@REVISION][/FILE]")
+        raise InputError(f"{reference} is not of the form {HUB}OWNER/NAME[@REVISION][/FILE]")
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

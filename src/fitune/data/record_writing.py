@@ -50,7 +50,7 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
         text = _opened(beside, path.suffix.lower(), closing)
         if kind in (".csv", ".tsv"):
             return _write_table(text, records, "," if kind == ".csv" else "\t", path)
-        return _write_json(text, records, kind == ".json")
+        return _write_json(text, records, kind == ".json", path)
 
 
 def written_kind(path: Path) -> str:
@@ -69,12 +69,18 @@ def written_kind(path: Path) -> str:
     return kind
 
 
-def _write_json(text: IO[str], records: Iterable[Mapping[str, Any]], is_list: bool) -> int:
+def _write_json(text: IO[str], records: Iterable[Mapping[str, Any]], is_list: bool, path: Path) -> int:
     count = 0
     for count, record in enumerate(records, 1):
+        try:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"record {count} holds what JSON does not have: {error}; take .parquet", where=path
+            ) from None
         if is_list:
             text.write("[\n" if count == 1 else ",\n")
-        text.write(json.dumps(record, ensure_ascii=False, allow_nan=False))
+        text.write(line)
         if not is_list:
             text.write("\n")
     if is_list:

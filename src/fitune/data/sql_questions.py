@@ -50,12 +50,14 @@ class SqlLessons:
         problems: (place, sentence): queries that do not run, databases that are not there, schemas that do not fit.
         left_out: how many questions made no sample for that.
         cut: how many prompts hold a part of their schema.
+        unchecked: how many queries were to be run and were not, as there is a schema of their database and no file.
     """
 
     samples: list[Sample] = field(default_factory=list)
     problems: list[tuple[Origin, str]] = field(default_factory=list)
     left_out: int = 0
     cut: int = 0
+    unchecked: int = 0
     databases: Counter[str] = field(default_factory=Counter)
 
 
@@ -141,7 +143,8 @@ def make_lessons(
             if asked.database not in known:
                 known[asked.database] = _schema_of(asked.database, databases, schemas, values)
             schema, examples = known[asked.database]
-            if run is not None and asked.database in databases:
+            is_there = asked.database in databases
+            if run is not None and is_there:
                 _check(run, databases[asked.database], asked.sql)
             text = write_schema(schema, style, examples)
             if max_tokens is not None and count(text) > max_tokens:
@@ -159,6 +162,7 @@ def make_lessons(
             lessons.left_out += 1
             continue
         lessons.databases[asked.database] += 1
+        lessons.unchecked += run is not None and not is_there
         question = f"{asked.question}\n{asked.evidence}" if asked.evidence else asked.question
         extra = {"database": asked.database} | ({"difficulty": asked.difficulty} if asked.difficulty else {})
         lessons.samples.append(Sample(sql_messages(text, question, asked.sql), origin=asked.origin, extra=extra))

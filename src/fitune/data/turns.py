@@ -46,14 +46,14 @@ def message_of(turn: Any, name: str) -> Message:
         spelled, content, known = turn["role"], turn.get("content"), _OF_A_TURN | {"role", "content"}
     else:
         raise RecordError(f'{name} needs "role" and "content", or "from" and "value" (keys found: {keys_of(turn)})')
-    if spelled not in ("tool", "observation", "function_response"):
-        known = known - {"name", "tool_call_id"}
-    unknown = [key for key in turn if key not in known and turn[key] not in (None, [], {})]
-    if unknown:
-        raise RecordError(f"{name} has keys that would be lost: {', '.join(map(str, unknown))[:200]}; remove them")
     if not isinstance(spelled, str) or spelled.lower() not in ROLE_NAMES:
         raise RecordError(f"{name} has the unknown role {str(spelled)[:60]!r}; known: {', '.join(ROLE_NAMES)}")
     role = ROLE_NAMES[spelled.lower()]
+    known = known - (set() if role == "tool" else {"name", "tool_call_id"})
+    known = known - ({"tool_calls"} if spelled.lower() == "function_call" else set())
+    unknown = [key for key in turn if key not in known and turn[key] not in (None, [], {})]
+    if unknown:
+        raise RecordError(f"{name} has keys that would be lost: {', '.join(map(str, unknown))[:200]}; remove them")
     if spelled.lower() == "function_call":
         calls, content = _calls_in_text(content, name), ""
     else:
