@@ -32,7 +32,6 @@ from fitune.atomic import write_text
 from fitune.config.schema import RunConfig
 from fitune.data.conversation import Message, Sample
 from fitune.data.encoding import EncodedSample, encode
-from fitune.data.prefixes import Prefixes
 from fitune.evaluate.task_evaluation import correct_of, evaluate_task
 from fitune.fuse.int8_calibration import calibrate
 from fitune.fuse.model import FusedModel
@@ -87,7 +86,7 @@ def that_fit(samples: Sequence[Sample], tokenizer: Any) -> list[EncodedSample]:
 
 
 def rows_of(samples: Sequence[EncodedSample], seed: int) -> Rows:
-    return Rows(samples, ROW_TOKENS, 1, 1, seed, True, 0, Prefixes.none(len(samples)))
+    return Rows(samples, ROW_TOKENS, 1, 1, seed, True, 0, share=False)
 
 
 def held_out_samples(samples: Sequence[EncodedSample]) -> list[EncodedSample]:

@@ -92,9 +92,9 @@ class Fitune:
 
     def _take_rows(self, rows: Any) -> None:
         """One epoch of a run."""
-        steps = rows.epoch(0)
+        steps = list(rows.epoch(0))
         self._batches = lambda number: rows.batches(steps[number])
-        self.step_tokens = [sum(len(rows.samples[index]) for row in step for index in row) for step in steps]
+        self.step_tokens = [sum(len(rows.samples[index]) for row in step for index in row.samples) for step in steps]
         self.computed_tokens = [sum(batch.tokens.numel() for batch in rows.batches(step)) for step in steps]
 
     def step(self, number: int) -> tuple[float, float]:

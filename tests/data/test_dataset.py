@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from fitune.data import load_training_data
+from fitune.data.dataset import original_samples
 from fitune.data.report import length_histogram
 from fitune.data.split import split_share
 from fitune.errors import InputError
@@ -113,12 +115,28 @@ def test_duplicates_are_listed_and_never_straddle(tmp_path: Path, smollm2_tokeni
 
 
 def test_split_share() -> None:
-    train, held_out = split_share(list("aabbccddee"), 0.2, seed=0)
+    groups = np.array([7, 7, 2, 2, 3, 3, 0, 0, 9, 9])
+    train, held_out = split_share(groups, 0.2, seed=0)
     assert sorted([*train, *held_out]) == list(range(10))
     assert len(held_out) == 2
-    assert split_share(list("aabbccddee"), 0.2, seed=0) == (train, held_out)
+    assert len(set(groups[held_out])) == 1
+    assert np.array_equal(split_share(groups, 0.2, seed=0)[1], held_out)
+    assert {tuple(split_share(groups, 0.2, seed=seed)[1]) for seed in range(20)} > {tuple(held_out)}
     with pytest.raises(InputError, match="too few"):
-        split_share(["a", "a"], 0.5, seed=0)
+        split_share(np.array([4, 4]), 0.5, seed=0)
+
+
+def test_a_list_on_one_line_is_split_and_found_again(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = tmp_path / "a.json"  # as json.dump writes it: every sample begins on line 1
+    path.write_text(json.dumps([{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(50)]))
+    data = load_training_data(Settings([Source(str(path))], validation=0.2), smollm2_tokenizer)
+    assert (len(data.train), len(data.validation)) == (40, 10)
+    found = [sample.messages[1].content for sample in original_samples(data, data.validation)]
+    held_out = [
+        smollm2_tokenizer.decode([t for t, on in zip(s.tokens, s.trained, strict=True) if on])
+        for s in data.validation
+    ]
+    assert [f"{answer}<|im_end|>" for answer in found] == [text.strip() for text in held_out]
 
 
 def test_validation_files(tmp_path: Path, smollm2_tokenizer: Any) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,5 +53,14 @@ def test_shares_of_all_sets() -> None:
 
 
 def test_samples_are_there_as_often_as_their_weight_says() -> None:
-    found = Counter(repeated(list("abcd"), [2.0, 1.5, 1.5, 0.0], seed=0))
-    assert (found["a"], found["b"] + found["c"], found["d"]) == (2, 3, 0)
+    sets = np.array([0, 1, 1, 1, 1, 2, 3, 3, 3])
+    found = Counter(repeated(sets, [2.0, 1.5, 0.0, 1 / 3], seed=0).tolist())
+    assert sorted(found[place] for place in range(1, 5)) == [1, 1, 2, 2]
+    assert (found[0], found[5], found[6] + found[7] + found[8]) == (2, 0, 1)
+
+
+def test_every_set_gets_its_own_part_where_weights_are_the_same() -> None:
+    # Drawn together, one of them could have more than its part.
+    sets = np.repeat(np.arange(20), 10)
+    found = sets[repeated(sets, [0.5] * 20, seed=3)]
+    assert np.bincount(found).tolist() == [5] * 20

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fitune.data.conversation import Message, Origin, Sample
-from fitune.data.encoding import EncodedSample, Encoder, TrainOn, encoder_for
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.data.conversation import Sample
+from fitune.data.encoded_file import EncodedFile, Wanted, Watch, check_file, encode_file
+from fitune.data.encoding import Encoder, TrainOn, encoder_for
+from fitune.data.encoding_pool import EncodingSettings
 from fitune.data.formats import FORMATS, TRAINABLE
 from fitune.data.hub_files import fetch, is_on_hub
-from fitune.data.length import Fitted, OverLength, fit_or_split
+from fitune.data.length import OverLength
 from fitune.data.mixing import repeated, set_weights
-from fitune.data.reading import read_with_format
 from fitune.data.record import SHOWN_PROBLEMS
-from fitune.data.report import (
-    SHOWN_SAMPLES,
-    DataReport,
-    Problem,
-    SourceFile,
-    length_histogram,
-    problem_at,
-    view_of,
-)
-from fitune.data.split import content_key, split_share
-from fitune.data.text_checks import text_problems
+from fitune.data.report import SHOWN_SAMPLES, DataReport, Problem, SourceFile, length_histogram, problem_at, view_of
+from fitune.data.split import groups_of, of_documents, split_share
+from fitune.data.tally import KEPT_NOTES, Tally
+from fitune.data.token_table import Samples
 from fitune.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,7 +78,7 @@ class DataSettings(Protocol):
     def missing_end_tokens(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrainingData:
     """What a run trains on.
 
@@ -90,30 +86,13 @@ class TrainingData:
         train: the samples of one epoch, weights applied (a sample of weight 2 is there twice), in file order.
         validation: those held out; empty if the run asks for none.
         report: what was read and what was done to it.
+        files: how each file was read, in the order of the samples' tables.
     """
 
-    train: list[EncodedSample]
-    validation: list[EncodedSample]
+    train: Samples
+    validation: Samples
     report: DataReport
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What was found while encoding."""
-
-    kept: list[EncodedSample] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    samples: int = 0
-    lost_end: int = 0
-    split: int = 0
-    cut: int = 0
-    dropped: int = 0
-    empty: int = 0
-    nothing_to_train: int = 0
-    without_end_token: int = 0
-    suspicious: Counter[str] = field(default_factory=Counter)
+    files: tuple[Wanted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,23 +103,27 @@ class Examined:
     refusals: tuple[InputError, ...]
 
 
-def load_training_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TrainingData:
+def load_training_data(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, watch: Watch | None = None
+) -> TrainingData:
     """Reads every file, encodes every sample, applies the length policy and splits off the validation set.
 
-    The same files, settings, tokenizer and seed give the same samples in the same order.
+    The same files, settings, tokenizer and seed give the same samples in the same order. `watch` hears how far it is.
 
     Raises:
         InputError: a file or sample cannot be used (all of them are named, up to a limit and then counted);
             nothing is left to train on; more than `NOTHING_TO_TRAIN_SHARE` of the samples have no trained
             token; a trained answer has no end-of-turn token; or the validation set is the training set.
     """
-    examined = examine_data(data, tokenizer, seed)
+    examined = examine_data(data, tokenizer, seed, watch)
     if examined.refusals:
         raise examined.refusals[0]
     return examined.data
 
 
-def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Examined:
+def examine_data(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, watch: Watch | None = None
+) -> Examined:
     """As `load_training_data`, with what would be refused beside what was found.
 
     Raises:
@@ -150,77 +133,115 @@ def examine_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: i
     validation_path = data.validation if isinstance(data.validation, str) else None
     sources = _sources(data)
     _refuse_same_file(sources, validation_path)
-    read, files = _read(sources, validation_path)
-    _refuse_template(encoder, files, data)
-    refusals = [_untrainable_format(file) for file in files if FORMATS[file.format].objective]
-    tally = _encode_all(read[: len(sources)], encoder, data)
-    refusals += _refused(tally, data)
-    keys = [content_key(sample) for sample in tally.kept]
-    duplicates = _note_duplicates(tally, keys)
-    kept, leaked = tally.kept, 0
-    held_out: list[EncodedSample] = []
-    chosen = list(range(len(kept)))
+    wanted = _wanted(sources, validation_path)
+    _refuse_template(encoder, wanted, data)
+    how = EncodingSettings(data.max_tokens, data.over_length, data.train_on, data.system)
+    read = _encode(wanted, tokenizer, how, watch)
+    of_source = np.array([number for number, _ in read], dtype=np.int64)
+    tables = [file.table for _, file in read]
+    everything = Samples(tables)
+    is_train = of_source[everything.table_of()] < len(sources)
+    kept, held_out = everything[: int(is_train.sum())], everything[int(is_train.sum()) :]
+    tally, checked = Tally(), Tally()
+    for number, file in read:
+        (tally if number < len(sources) else checked).add(file.tally)
+    refusals = [_untrainable_format(file) for _, file in read if FORMATS[file.format].objective]
+    problems = _problems([file for number, file in read if number < len(sources)])
+    refusals += _refused(tally, kept, problems, data)
+    groups, first = groups_of(everything.keys())
+    repeats = np.flatnonzero(first[groups[: len(kept)]] != np.arange(len(kept)))
+    problems += [
+        problem_at(kept.origin(place), f"the same sample as {kept.origin(int(first[groups[place]]))}")
+        for place in repeats[:KEPT_NOTES].tolist()
+    ]
+    leaked = np.zeros(0, dtype=np.int64)
+    chosen = np.arange(len(kept))
     if validation_path is not None:
-        checked = _encode_all(read[len(sources) :], encoder, data)
-        refusals += _refused(checked, data, "validation")
-        held_out = checked.kept
-        leaked = _note_leaks(held_out, set(keys), tally.problems, validation_path, refusals)
-        tally.problems += checked.problems
-        tally.suspicious += checked.suspicious
+        own = _problems([file for number, file in read if number >= len(sources)])
+        refusals += _refused(checked, held_out, own, data, "validation")
+        leaked = np.flatnonzero(first[groups[len(kept) :]] < len(kept))
+        if len(leaked) and len(leaked) == len(held_out):
+            refusals.append(_all_leaked(validation_path))
+        told = "a validation sample that is also trained on"
+        problems += [problem_at(held_out.origin(place), told) for place in leaked[:KEPT_NOTES].tolist()]
+        problems += own
     elif isinstance(data.validation, float) and not refusals:
-        chosen, places = split_share(_of_documents(kept, keys), data.validation, seed)
-        held_out = [kept[place] for place in places]
-    train: list[EncodedSample] = []
+        documents = of_documents(groups, kept.table_of(), kept.numbers())
+        chosen, places = split_share(documents, data.validation, seed)
+        held_out = kept.take(places)
+    train = kept.take(chosen)
     try:
-        weights = _weights(sources, [tally.sources[place] for place in chosen], data.mix_temperature)
-        train = list(repeated([kept[place] for place in chosen], weights, seed))
+        sets = of_source[train.table_of()]
+        train = train.take(repeated(sets, _weights(sources, sets, data.mix_temperature), seed))
     except InputError as error:
         refusals.append(error)
-    if not train and not refusals:
+        train = train[:0]
+    if not len(train) and not refusals:
         refusals.append(InputError("data.train: the weights leave no sample; raise one of them"))
+    more = sum(max(0, count - KEPT_NOTES) for count in (len(repeats), len(leaked)))
+    more += max(0, len(problems) - KEPT_NOTES)
+    suspicious = tally.suspicious + checked.suspicious
+    seen = np.bincount(train.table_of(), minlength=len(tables))
     report = DataReport(
-        files=tuple(files),
+        files=tuple(
+            SourceFile(file.wanted.path, file.format, file.tally.samples, int(seen[place]))
+            for place, (_, file) in enumerate(read)
+        ),
         samples=tally.samples,
-        tokens=sum(map(len, kept)),
-        trained_tokens=sum(sample.trained_tokens for sample in kept),
+        tokens=int(kept.lengths.sum(dtype=np.int64)),
+        trained_tokens=int(kept.trained.sum(dtype=np.int64)),
         train_samples=len(train),
         validation_samples=len(held_out),
         cut=tally.cut,
         dropped=tally.dropped,
         split=tally.split,
         empty=tally.empty,
-        duplicates=duplicates,
-        leaked=leaked,
+        duplicates=len(repeats),
+        leaked=len(leaked),
         without_end_token=tally.without_end_token,
         end_token_share=1 - (tally.without_end_token + tally.lost_end) / max(1, len(kept)),
         nothing_to_train=tally.nothing_to_train,
-        control_tokens_in_text=sum(sample.control_tokens_in_text for sample in kept),
-        lost_characters=sum(sample.lost_characters for sample in kept),
+        control_tokens_in_text=tally.control_tokens,
+        lost_characters=tally.lost_characters,
         row_tokens=data.max_tokens,
-        longest_tokens=max(map(len, kept), default=0),
-        lengths=length_histogram([len(sample) for sample in kept]),
+        longest_tokens=int(kept.lengths.max(initial=0)),
+        lengths=length_histogram(kept.lengths),
         has_default_template=encoder.template.is_default,
-        mojibake=tally.suspicious["mojibake"],
-        control_characters=tally.suspicious["control_characters"],
-        mixed_scripts=tally.suspicious["mixed_scripts"],
+        mojibake=suspicious["mojibake"],
+        control_characters=suspicious["control_characters"],
+        mixed_scripts=suspicious["mixed_scripts"],
         refused=tuple(str(refusal) for refusal in refusals),
-        problems=tuple(tally.problems),
-        views=tuple(view_of(sample, tokenizer) for sample in kept[:SHOWN_SAMPLES]),
+        problems=tuple(problems[:KEPT_NOTES]),
+        more_problems=more + tally.more_notes + checked.more_notes,
+        views=tuple(view_of(kept[place], tokenizer) for place in range(min(SHOWN_SAMPLES, len(kept)))),
+        kept_in=tuple(str(file.folder) for _, file in read if file.folder is not None),
     )
-    return Examined(TrainingData(train, held_out, report), tuple(refusals))
+    return Examined(TrainingData(train, held_out, report, tuple(file.wanted for _, file in read)), tuple(refusals))
 
 
-def read_training_samples(data: DataSettings) -> tuple[list[Sample], list[Sample]]:
-    """The samples of all training files, before any is held out, and those of the validation file, if it is one.
+def original_samples(data: TrainingData, encoded: Samples) -> Iterator[Sample]:
+    """The samples as they stand in the files, of encoded ones: each once, in file order."""
+    table_of, numbers = encoded.table_of(), encoded.numbers()
+    for place, wanted in enumerate(data.files):
+        same = [other for other, found in enumerate(data.files) if found == wanted]  # a file may be given twice
+        of_file = set(numbers[np.isin(table_of, same)].tolist())
+        if of_file and place == same[0]:
+            yield from (sample for number, sample in enumerate(wanted.reader()) if number in of_file)
+
+
+def read_validation_file(data: DataSettings) -> list[Sample]:
+    """The samples of `data.validation`, where it is a file.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: it cannot be read.
     """
-    sources = _sources(data)
-    read, _ = _read(sources, data.validation if isinstance(data.validation, str) else None)
-    return [sample for group in read[: len(sources)] for sample in group], [
-        sample for group in read[len(sources) :] for sample in group
-    ]
+    assert isinstance(data.validation, str)
+    samples: list[Sample] = []
+    for wanted in _wanted([], data.validation, like=_sources(data))[0]:
+        reader = wanted.reader()
+        samples += reader
+        reader.problems.raise_if_any()
+    return samples
 
 
 def _sources(data: DataSettings) -> list[SourceSettings]:
@@ -228,35 +249,39 @@ def _sources(data: DataSettings) -> list[SourceSettings]:
     return [*data.train, *replay]
 
 
-def _of_documents(samples: Sequence[EncodedSample], keys: Sequence[bytes]) -> list[bytes]:
-    """The keys, but of all parts of a document the first one's: they stay together."""
-    first: dict[Origin, bytes] = {}
-    return [
-        first.setdefault(sample.origin, key) if sample.origin else key
-        for sample, key in zip(samples, keys, strict=True)
-    ]
-
-
-def _untrainable_format(file: SourceFile) -> InputError:
+def _untrainable_format(file: EncodedFile) -> InputError:
     kind = FORMATS[file.format].objective
     return InputError(
-        f"these are {kind}, which this version cannot train; trained are {', '.join(TRAINABLE)}", where=file.path
+        f"these are {kind}, which this version cannot train; trained are {', '.join(TRAINABLE)}",
+        where=file.wanted.path,
     )
 
 
-def _refuse_template(encoder: Encoder, files: Sequence[SourceFile], data: DataSettings) -> None:
+def _refuse_template(encoder: Encoder, wanted: Sequence[Sequence[Wanted]], data: DataSettings) -> None:
     """A chat needs the template that the model will be asked with; an instruction file may do with the default."""
     if data.chat_template == "instruction" and not encoder.template.is_default:
         raise InputError(
             "data.chat_template: instruction is for models without a chat template; this one has its own"
         )
-    chats = [str(file.path) for file in files if file.format in CHAT_FORMATS]
-    if data.chat_template == "model" and encoder.template.is_default and chats:
+    if data.chat_template != "model" or not encoder.template.is_default:
+        return
+    chats = [file.path for files in wanted for file in files if _first_format(file) in CHAT_FORMATS]
+    if chats:
         raise InputError(
             f"{', '.join(chats)}: a chat ({'/'.join(CHAT_FORMATS)}), and the model has no chat template; put the "
             "template it shall be asked with into its folder as chat_template.jinja, or set data.chat_template: "
             "instruction to have turns written with ### Instruction: and ### Response:"
         )
+
+
+def _first_format(wanted: Wanted) -> str:
+    """The format of the file's first sound sample; what is wrong with the file is said when it is read."""
+    try:
+        reader = wanted.reader()
+        next(iter(reader), None)
+    except InputError:
+        return "auto"
+    return reader.format
 
 
 def _refuse_same_file(sources: Sequence[SourceSettings], validation: str | None) -> None:
@@ -271,40 +296,50 @@ def _refuse_same_file(sources: Sequence[SourceSettings], validation: str | None)
             )
 
 
-class _Wanted(NamedTuple):
-    """A file, and how it is read."""
+def _wanted(
+    sources: Sequence[SourceSettings], validation: str | None, like: Sequence[SourceSettings] | None = None
+) -> list[list[Wanted]]:
+    """The files of each source, and last those of `validation`, which is read as the sources (or `like`) are.
 
-    path: str
-    format: str
-    columns: Mapping[str, str]
-    instruction: str
-
-
-def _read(sources: Sequence[SourceSettings], validation: str | None) -> tuple[list[list[Sample]], list[SourceFile]]:
-    wanted = [_Wanted(source.path, source.format, source.columns, source.instruction or "") for source in sources]
+    Raises:
+        InputError: a name on the hub cannot be fetched.
+    """
+    found = [Wanted(s.path, s.format, s.columns, s.instruction or "") for s in sources]
     if validation is not None:
         # A validation file is written like the training files; only its columns may need the same names.
-        own = [source for source in sources if not isinstance(source, _Replay)]
+        own = [s for s in (sources if like is None else like) if not isinstance(s, _Replay)]
         alike = len({(s.format, tuple(s.columns.items()), s.instruction) for s in own}) == 1
-        wanted.append(wanted[0]._replace(path=validation) if alike else _Wanted(validation, "auto", {}, ""))
-    read: list[list[Sample]] = []
-    files: list[SourceFile] = []
+        found.append(
+            Wanted(validation, own[0].format, own[0].columns, own[0].instruction or "")
+            if alike
+            else Wanted(validation)
+        )
+    return [
+        [replace(source, path=str(file)) for file in fetch(source.path)] if is_on_hub(source.path) else [source]
+        for source in found
+    ]
+
+
+def _encode(
+    wanted: Sequence[Sequence[Wanted]], tokenizer: PreTrainedTokenizerBase, how: EncodingSettings, watch: Watch | None
+) -> list[tuple[int, EncodedFile]]:
+    """Every file, with the number of its source; raises InputError for all that cannot be read, together."""
+    read: list[tuple[int, EncodedFile]] = []
     errors: list[InputError] = []
-    for source in wanted:
-        samples: list[Sample] = []
-        read.append(samples)
-        try:
-            for file in fetch(source.path) if is_on_hub(source.path) else [source.path]:
-                found, name = read_with_format(file, source.format, source.columns, source.instruction)
-                samples += found
-                files.append(SourceFile(str(file), name, len(found)))
-        except InputError as error:
-            errors.append(error)
+    for number, files in enumerate(wanted):
+        for file in files:
+            try:
+                if errors:  # nothing will come of it: what else is wrong is all there is to find
+                    check_file(file)
+                else:
+                    read.append((number, encode_file(file, tokenizer, how, watch)))
+            except InputError as error:
+                errors.append(error)
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise InputError([f"{error.where}: {problem}" for error in errors for problem in error.problems])
-    return read, files
+    return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,93 +354,34 @@ class _Replay:
     weight: float = 1.0
 
 
-def _weights(sources: Sequence[SourceSettings], found: Sequence[int], temperature: float) -> list[float]:
-    """How often each sample is seen in an epoch; `found`: which source each is of."""
-    counts = Counter(found)
-    of_set = set_weights(
-        [counts[number] for number in range(len(sources))],
-        [source.weight for source in sources],
-        [source.share for source in sources],
-        temperature,
+def _weights(sources: Sequence[SourceSettings], sets: NDArray[np.int64], temperature: float) -> list[float]:
+    """How often the samples of each source are seen in an epoch; `sets`: which source each sample is of."""
+    counts = np.bincount(sets, minlength=len(sources))
+    return set_weights(
+        counts.tolist(), [source.weight for source in sources], [source.share for source in sources], temperature
     )
-    return [of_set[number] for number in found]
 
 
-def _encode_all(groups: Sequence[Sequence[Sample]], encoder: Encoder, data: DataSettings) -> _Tally:
-    tally = _Tally()
-    for number, samples in enumerate(groups):
-        for sample in samples:
-            tally.samples += 1
-            try:
-                parts = fit_or_split(sample, encoder, data.max_tokens, data.over_length, data.train_on, data.system)
-            except InputError as error:
-                tally.refused.append(str(error))
-                continue
-            _note_text(tally, sample)
-            tally.split += len(parts) > 1
-            for fitted in parts:
-                _keep(tally, sample, fitted, number)
-    return tally
+def _problems(files: Sequence[EncodedFile]) -> list[Problem]:
+    return [Problem(file.wanted.path, line, words, file.unit) for file in files for line, words in file.tally.notes]
 
 
-def _keep(tally: _Tally, sample: Sample, fitted: Fitted, source: int) -> None:
-    """Takes a sample, or says why not, and what there is to say of it."""
-    if fitted.note:
-        tally.problems.append(problem_at(sample.origin, fitted.note))
-    encoded = fitted.encoded
-    if encoded is None:
-        tally.dropped += 1
-        return
-    tally.cut += encoded.is_cut
-    if not encoded.trained_tokens:
-        tally.nothing_to_train += 1
-        tally.problems.append(problem_at(sample.origin, "no token of it would be trained; left out"))
-        return
-    if encoded.lost_characters:
-        lost = f"{encoded.lost_characters} characters that the tokenizer's vocabulary lacks are lost"
-        tally.problems.append(problem_at(sample.origin, lost))
-    if encoded.without_end_token:
-        tally.without_end_token += 1
-        tally.problems.append(problem_at(sample.origin, "an answer has no trained end-of-turn token"))
-    if any(message.role == "assistant" and _is_empty(message) for message in sample.messages):
-        tally.empty += 1
-        tally.problems.append(problem_at(sample.origin, "an answer is empty"))
-    tally.lost_end += encoded.lost_end and sample.text is None
-    tally.kept.append(encoded)
-    tally.sources.append(source)
-
-
-def _is_empty(message: Message) -> bool:
-    return not message.content.strip() and not message.tool_calls
-
-
-def _note_text(tally: _Tally, sample: Sample) -> None:
-    """What looks wrong in a sample's text, each kind once."""
-    texts = [sample.text] if sample.text is not None else [message.content for message in sample.messages]
-    found: dict[str, str] = {}
-    for text in texts:
-        for kind, sentence in text_problems(text):
-            found.setdefault(kind, sentence)
-    tally.suspicious.update(found.keys())
-    tally.problems += [problem_at(sample.origin, sentence) for sentence in found.values()]
-
-
-def _refused(tally: _Tally, data: DataSettings, name: str = "train") -> list[InputError]:
+def _refused(
+    tally: Tally, kept: Samples, problems: Sequence[Problem], data: DataSettings, name: str = "train"
+) -> list[InputError]:
     """Why these samples cannot be trained on."""
     where = f"data.{name}"
     if tally.refused:
-        more = len(tally.refused) - SHOWN_PROBLEMS
-        listed = [*tally.refused[:SHOWN_PROBLEMS], *([f"and {more} more samples"] if more > 0 else [])]
-        return [InputError(listed, where="data")]
-    if tally.nothing_to_train > NOTHING_TO_TRAIN_SHARE * tally.samples or not tally.kept:
-        listed = [str(problem) for problem in tally.problems[:SHOWN_PROBLEMS]]
+        more = tally.more_refused
+        return [InputError([*tally.refused, *([f"and {more} more samples"] if more else [])], where="data")]
+    if tally.nothing_to_train > NOTHING_TO_TRAIN_SHARE * tally.samples or not len(kept):
         error = InputError(
             [
                 f"{tally.nothing_to_train} of {tally.samples} samples have no token to train and {tally.dropped} "
-                f"were dropped for their length; {len(tally.kept)} are left "
+                f"were dropped for their length; {len(kept)} are left "
                 f"(at most {NOTHING_TO_TRAIN_SHARE:.0%} may have nothing to train): "
                 "check `train_on`, `weight` and the roles of the turns, and `max_tokens`",
-                *listed,
+                *map(str, problems[:SHOWN_PROBLEMS]),
             ],
             where=where,
         )
@@ -422,29 +398,9 @@ def _refused(tally: _Tally, data: DataSettings, name: str = "train") -> list[Inp
     return []
 
 
-def _note_duplicates(tally: _Tally, keys: Sequence[bytes]) -> int:
-    first: dict[bytes, EncodedSample] = {}
-    count = 0
-    for sample, key in zip(tally.kept, keys, strict=True):
-        if key in first:
-            count += 1
-            tally.problems.append(problem_at(sample.origin, f"the same sample as {first[key].origin}"))
-        else:
-            first[key] = sample
-    return count
-
-
-def _note_leaks(
-    held_out: Sequence[EncodedSample], train: set[bytes], problems: list[Problem], path: str,
-    refusals: list[InputError],
-) -> int:  # fmt: skip
-    leaked = [sample for sample in held_out if content_key(sample) in train]
-    if held_out and len(leaked) == len(held_out):
-        error = InputError(
-            "every validation sample is also a training sample, so validation would measure memory only; "
-            "hold out a share of the training data instead, such as 0.05",
-            where=path,
-        )
-        refusals.append(error)
-    problems += [problem_at(sample.origin, "a validation sample that is also trained on") for sample in leaked]
-    return len(leaked)
+def _all_leaked(path: str) -> InputError:
+    return InputError(
+        "every validation sample is also a training sample, so validation would measure memory only; "
+        "hold out a share of the training data instead, such as 0.05",
+        where=path,
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.data.chance import shuffled
 from fitune.errors import InputError
-
-T = TypeVar("T")
 
 
 def set_weights(
@@ -49,13 +49,14 @@ def set_weights(
     return found
 
 
-def repeated(samples: Sequence[T], weights: Sequence[float], seed: int) -> Iterator[T]:
-    """Each sample as often as its weight says; of a fractional part the exact share is drawn by the seed."""
-    chance = random.Random(f"weights with seed {seed}")
-    extra: set[int] = set()
-    for weight in sorted(set(weights)):
-        places = [place for place, own in enumerate(weights) if own == weight]
-        extra.update(chance.sample(places, round((weight - math.floor(weight)) * len(places))))
-    for place, sample in enumerate(samples):
-        for _ in range(math.floor(weights[place]) + (place in extra)):
-            yield sample
+def repeated(sets: NDArray[np.int64], weights: Sequence[float], seed: int) -> NDArray[np.int64]:
+    """Places of the samples of an epoch, each as often as its set's weight says.
+
+    Of a fractional part the exact share of each set is drawn by the seed. `sets`: which set each sample is of.
+    """
+    times = np.floor(np.asarray(weights, dtype=np.float64)).astype(np.int64)[sets]
+    for number, weight in enumerate(weights):
+        places = np.flatnonzero(sets == number)
+        drawn = shuffled(len(places), f"weights of set {number} with seed {seed}")
+        times[places[drawn[: round((weight - math.floor(weight)) * len(places))]]] += 1
+    return np.repeat(np.arange(len(sets)), times)

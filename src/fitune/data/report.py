@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fitune.data.conversation import Origin
 from fitune.data.encoding import EncodedSample
@@ -22,11 +24,15 @@ _SHOWN_CHARACTERS = 600
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file that was read: its path, the format its records have, and how many there are."""
+    """One file that was read: its path, the format its records have, how many there are.
+
+    `epoch_samples`: how many samples of a training epoch are of it, after weights and shares and what is held out.
+    """
 
     path: str
     format: str
     samples: int
+    epoch_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,10 @@ class DataReport:
         control_characters: with characters that are no text.
         mixed_scripts: with a word of letters of two alphabets.
         refused: why this cannot be trained on; empty: it can.
-        problems: everything that was found, with file and line.
+        problems: what was found, with file and line, as far as so many can be kept.
+        more_problems: how many others there are.
         views: the first samples with their mask.
+        kept_in: the folders in which the tokens of large files are kept, for the next run.
     """
 
     files: tuple[SourceFile, ...]
@@ -119,7 +127,9 @@ class DataReport:
     mixed_scripts: int
     refused: tuple[str, ...]
     problems: tuple[Problem, ...]
+    more_problems: int
     views: tuple[SampleView, ...]
+    kept_in: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON-able values, under the names above."""
@@ -141,10 +151,11 @@ class DataReport:
         if self.refused:
             parts += [Text(), Text("cannot be trained on", style="bold red"), *map(Text, self.refused)]
         if self.problems:
-            parts += [Text(), Text(f"{len(self.problems)} things to know", style="yellow")]
+            count = len(self.problems) + self.more_problems
+            parts += [Text(), Text(f"{count:,} things to know", style="yellow")]
             parts += [Text(f"  {item}") for item in self.problems[:SHOWN_PROBLEMS]]
-            if len(self.problems) > SHOWN_PROBLEMS:
-                parts.append(Text(f"  and {len(self.problems) - SHOWN_PROBLEMS} more"))
+            if count > SHOWN_PROBLEMS:
+                parts.append(Text(f"  and {count - SHOWN_PROBLEMS:,} more"))
         for view in self.views:
             parts += [
                 Text(),
@@ -157,7 +168,11 @@ class DataReport:
 def facts_of(report: DataReport) -> list[tuple[str, str]]:
     """Name and value of what there is to say in one line each."""
     share = 100 * report.trained_tokens / report.tokens if report.tokens else 0.0
-    facts = [(f"{file.path}", f"{file.samples:,} samples, format {file.format}") for file in report.files]
+    facts = [
+        (file.path, f"{file.samples:,} samples, format {file.format}; {file.epoch_samples:,} in an epoch")
+        for file in report.files
+    ]
+    facts += [("tokens kept in", folder) for folder in report.kept_in]
     facts += [
         (
             "samples",
@@ -188,16 +203,13 @@ def facts_of(report: DataReport) -> list[tuple[str, str]]:
     return [*facts, *shown.items()]
 
 
-def length_histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def length_histogram(lengths: NDArray[np.uint32]) -> tuple[tuple[int, int], ...]:
     """Lengths in tokens -> (upper bound, how many), in powers of two, without empty ends."""
-    counts: dict[int, int] = {}
-    for length in lengths:
-        upper = 1 << max(4, (length - 1).bit_length())
-        counts[upper] = counts.get(upper, 0) + 1
-    if not counts:
+    if not len(lengths):
         return ()
-    uppers = [1 << power for power in range(min(counts).bit_length() - 1, max(counts).bit_length())]
-    return tuple((upper, counts.get(upper, 0)) for upper in uppers)
+    powers = np.maximum(4, np.ceil(np.log2(lengths)).astype(np.int64))
+    counts = np.bincount(powers)
+    return tuple((1 << power, int(counts[power])) for power in range(int(powers.min()), len(counts)))
 
 
 def view_of(sample: EncodedSample, tokenizer: PreTrainedTokenizerBase) -> SampleView:

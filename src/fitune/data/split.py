@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from array import array
-from collections.abc import Hashable, Sequence
+import numpy as np
+from numpy.typing import NDArray
 
-from fitune.data.encoding import EncodedSample
+from fitune.data.chance import shuffled
 from fitune.errors import InputError
 
-
-def content_key(sample: EncodedSample) -> bytes:
-    """The same for two samples exactly if they have the same tokens and the same mask (BLAKE2b, 128 bits)."""
-    digest = hashlib.blake2b(array("q", sample.tokens).tobytes(), digest_size=16)
-    digest.update(bytes(sample.trained))
-    return digest.digest()
+Places = NDArray[np.int64]
 
 
-def split_share(keys: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Sample keys -> indices to train on and indices held out, each ascending; equal keys stay together.
+def groups_of(keys: NDArray[np.uint64]) -> tuple[Places, Places]:
+    """Keys [samples, 2] -> each one's group, [samples], and the first of each, [groups]. Equal keys: one."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first stays first
+    ordered = keys[order]
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    groups = np.empty(len(order), dtype=np.int64)
+    groups[order] = np.cumsum(is_new) - 1
+    return groups, order[is_new]
+
+
+def of_documents(groups: Places, table: Places, numbers: NDArray[np.uint64]) -> Places:
+    """The groups, but of all parts of a document the first one's: they stay together.
+
+    Args:
+        groups: as `groups_of`, [samples].
+        table, numbers: of each sample its table and which sample of its file it is; parts follow each other.
+    """
+    begins = np.ones(len(groups), dtype=bool)
+    begins[1:] = (numbers[1:] != numbers[:-1]) | (table[1:] != table[:-1])
+    return groups[begins][np.cumsum(begins) - 1]
+
+
+def split_share(groups: Places, share: float, seed: int) -> tuple[Places, Places]:
+    """Each sample's group -> indices to train on and indices held out, each ascending; a group stays together.
 
     At least `share` of the samples is held out where equal samples allow it, at least one always.
 
     Raises:
         InputError: nothing would be left for one of the two.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    order = list(groups.values())
-    random.Random(f"validation split with seed {seed}").shuffle(order)
-    wanted = max(1, round(share * len(keys)))
-    held_out: list[int] = []
-    for group in order[:-1]:  # the last group stays for training
-        if len(held_out) >= wanted:
+    _, groups = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(groups)
+    wanted = max(1, round(share * len(groups)))
+    is_held_out = np.zeros(len(sizes), dtype=bool)
+    held = 0
+    for group in shuffled(len(sizes), f"validation split with seed {seed}")[:-1]:  # the last one stays for training
+        if held >= wanted:
             break
-        if not held_out or len(held_out) + len(group) <= wanted:
-            held_out += group
-    if not held_out:
+        if not held or held + sizes[group] <= wanted:
+            is_held_out[group] = True
+            held += int(sizes[group])
+    if not held:
         raise InputError(
-            f"validation: {len(keys)} samples, {len(groups)} different, are too few to hold out a share of {share:g}"
+            f"validation: {len(groups)} samples, {len(sizes)} different, are too few to hold out a share of {share:g}"
         )
-    chosen = set(held_out)
-    return [index for index in range(len(keys)) if index not in chosen], sorted(held_out)
+    return np.flatnonzero(~is_held_out[groups]), np.flatnonzero(is_held_out[groups])

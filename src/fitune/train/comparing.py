@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from fitune.config.schema import RunConfig
-from fitune.data import load_training_data, read_samples
 from fitune.data.conversation import Sample
-from fitune.data.dataset import read_training_samples
+from fitune.data.dataset import load_training_data, original_samples, read_validation_file
+from fitune.data.reading import read_samples
 from fitune.errors import InputError
 from fitune.evaluate.task_evaluation import TaskEvaluation, check_samples, evaluate_task
 from fitune.fuse.model import FusedModel
@@ -33,16 +33,11 @@ def evaluation_samples(config: RunConfig, source: ModelSource) -> list[Sample]:
     if config.evaluate.data is not None:
         return read_samples(config.evaluate.data)
     if isinstance(config.data.validation, str):
-        return read_training_samples(config.data)[1]
+        return read_validation_file(config.data)
     if config.data.validation is None:
         raise InputError("this run held out no data; give a file with --data", where="data.validation")
-    held_out = load_training_data(config.data, source.tokenizer(), config.seed).validation
-    places = {(sample.origin.path, sample.origin.line) for sample in held_out if sample.origin is not None}
-    found: dict[tuple[str, int], Sample] = {}  # a file may be given twice
-    for sample in read_training_samples(config.data)[0]:
-        if sample.origin is not None and (sample.origin.path, sample.origin.line) in places:
-            found.setdefault((sample.origin.path, sample.origin.line), sample)
-    return list(found.values())
+    data = load_training_data(config.data, source.tokenizer(), config.seed)
+    return list(original_samples(data, data.validation))
 
 
 def check_evaluation(config: RunConfig, source: ModelSource) -> list[Sample]:

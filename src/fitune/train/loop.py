@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,8 +20,7 @@ from fitune.config.schema import RunConfig
 from fitune.data.batch import Batch
 from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
-from fitune.data.order import epoch_rows
-from fitune.data.prefixes import Prefixes
+from fitune.data.order import Row, epoch_rows
 from fitune.errors import FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import rooms
@@ -73,7 +74,7 @@ class Rows:
         samples: encoded.
         row_tokens: how many tokens a row holds.
         micro_batch: rows to a micro-batch; accumulation: micro-batches to a step.
-        prefixes: beginnings that packed samples share.
+        share: whether the beginnings that packed samples share lie in a row once.
     """
 
     samples: Sequence[EncodedSample]
@@ -83,25 +84,36 @@ class Rows:
     seed: int
     pack: bool
     pad_id: int
-    prefixes: Prefixes
+    share: bool = True
+    _counts: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
-    def epoch(self, number: int) -> list[list[list[int]]]:
-        """The steps of an epoch, each a list of rows of sample indices; the last may be smaller."""
-        rows = epoch_rows(
-            self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack, self.prefixes
-        )
-        size = self.micro_batch * self.accumulation
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def of(self, samples: Sequence[EncodedSample]) -> Rows:
+        """Other samples, in rows of the same kind, one micro-batch to a step and nothing shared."""
+        return replace(self, samples=samples, accumulation=1, share=False, _counts={})
 
-    def batches(self, rows: Sequence[Sequence[int]]) -> list[Batch]:
+    def epoch(self, number: int) -> Iterator[list[Row]]:
+        """The steps of an epoch, each so many rows; the last may be smaller."""
+        rows = epoch_rows(self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack, self.share)
+        while step := list(islice(rows, self.micro_batch * self.accumulation)):
+            yield step
+
+    def count(self, number: int) -> int:
+        """How many steps an epoch has."""
+        known = (number, 0 if self.pack else self.micro_batch)  # packed rows do not know of micro-batches
+        if known not in self._counts:
+            rows = epoch_rows(
+                self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack, self.share
+            )
+            self._counts[known] = sum(1 for _ in rows)
+        return -(-self._counts[known] // (self.micro_batch * self.accumulation))
+
+    def batches(self, rows: Sequence[Row]) -> list[Batch]:
         """The micro-batches of one step."""
         batches = []
         for start in range(0, len(rows), self.micro_batch):
             part = rows[start : start + self.micro_batch]
-            groups = [[self.prefixes.group[index] for index in row] for row in part]
-            shared = [[(group, self.prefixes.tokens[group] if group >= 0 else 0) for group in row] for row in groups]
-            samples = [[self.samples[index] for index in row] for row in part]
-            batches.append(collate(samples, self.row_tokens, self.pad_id, shared))
+            samples = [[self.samples[index] for index in row.samples] for row in part]
+            batches.append(collate(samples, self.row_tokens, self.pad_id, [row.shared for row in part]))
         return batches
 
     def first_batches(self) -> Iterator[Batch]:
@@ -109,19 +121,19 @@ class Rows:
         for step in self.epoch(0):
             yield from self.batches(step)
 
-    def steps(self, epochs: float, limit: int | None) -> Iterator[tuple[float, list[list[int]]]]:
-        """(epoch as a fraction after the step, rows) for every step of the run."""
-        taken, number = 0, 0
-        while True:
-            steps = self.epoch(number)
-            for index, rows in enumerate(steps):
-                if limit is not None and taken >= limit:
+    def steps(self, epochs: float, limit: int | None) -> Iterator[tuple[float, list[Row]]]:
+        """(epochs after the step, a part by the share of its samples, rows) for every step of the run."""
+        left = count_steps(self, epochs, limit)
+        for number in itertools.count():
+            seen = 0
+            for rows in self.epoch(number):
+                if not left:
                     return
-                if limit is None and number + index / len(steps) >= epochs - 1e-9:
-                    return
-                taken += 1
-                yield number + (index + 1) / len(steps), rows
-            number += 1
+                left -= 1
+                seen += sum(len(row.samples) for row in rows)
+                yield number + seen / len(self.samples), rows
+            if not seen:
+                return
 
 
 def learning_rate(config: RunConfig) -> float:
@@ -133,11 +145,10 @@ def count_steps(rows: Rows, epochs: float, limit: int | None) -> int:
     """How many optimizer steps the run takes."""
     if limit is not None:
         return limit
-    total = sum(len(rows.epoch(number)) for number in range(math.floor(epochs + 1e-9)))
-    part = epochs - math.floor(epochs + 1e-9)
-    if part > 1e-9:
-        total += math.ceil(len(rows.epoch(math.floor(epochs))) * part - 1e-9)
-    return total
+    whole = math.floor(epochs + 1e-9)
+    total = sum(rows.count(number) for number in range(whole))
+    part = epochs - whole
+    return total + math.ceil(rows.count(whole) * part - 1e-9) if part > 1e-9 else total
 
 
 @contextmanager
@@ -164,7 +175,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def validation_loss(model: FusedModel, samples: Sequence[EncodedSample], rows: Rows) -> float:
     """Mean loss over the trained tokens of `samples`; leaves the model as it found it."""
-    whole = replace(rows, samples=samples, accumulation=1, prefixes=Prefixes.none(len(samples)))
+    whole = rows.of(samples)
     was_training = model.graph.training
     model.graph.eval()
     total, weight = 0.0, 0.0
@@ -243,7 +254,7 @@ def _take_steps(
                     model, rows.batches(step_rows), optimizer, schedule.rate(number), settings.max_grad_norm
                 )
             except NonFiniteError as error:
-                where = sorted({str(rows.samples[i].origin) for row in step_rows for i in row})[:8]
+                where = sorted({str(rows.samples[i].origin) for row in step_rows for i in row.samples})[:8]
                 raise FituneError(
                     f"step {number + 1}: {error}; no weight was changed. The step's data began with: "
                     f"{', '.join(where)}. A lower train.learning_rate usually helps"
@@ -271,7 +282,7 @@ def _take_steps(
             if progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk":
                 give_back_free_memory()
             last = progress.step == steps
-            if validation and (last or _due(progress.step, settings.validate_every_steps)):
+            if len(validation) and (last or _due(progress.step, settings.validate_every_steps)):
                 record(ValidationRecord(progress.step, validation_loss(model, validation, rows)))
             saved = f"everything is saved. Go on with: fitune train {folder.config_file} --resume"
             if stopping and not last:

@@ -12,12 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fitune.adapters.lora import adapter_digest, save_adapter
 from fitune.atomic import write_text
 from fitune.config import dump
 from fitune.config.schema import RunConfig
 from fitune.data.dataset import TrainingData, load_training_data
-from fitune.data.prefixes import Prefixes, find_prefixes
+from fitune.data.encoded_file import Watch
+from fitune.data.order import ORDER_VERSION
+from fitune.data.token_table import lengths_of
 from fitune.errors import DiskFullError, InputError
 from fitune.fuse.attention import obstacle
 from fitune.fuse.model import FusedModel
@@ -53,6 +57,8 @@ _FREE_TO_CHANGE = {
     "save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None, "resident_layers": None,
     "optimizer_states": "memory",
 }  # fmt: skip
+# Of more data a part is counted for the plan, which tells as much.
+COUNTED_TOKENS = 1 << 24
 PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
 
@@ -97,8 +103,10 @@ class Outcome:
     digest: str
 
 
-def prepare_run(config: RunConfig, choose: bool = True, with_time: bool = True) -> Prepared:
-    """Finds the model, reads and encodes the data, resolves the computation. Sets torch's threads.
+def prepare_run(
+    config: RunConfig, choose: bool = True, with_time: bool = True, watch: Watch | None = None
+) -> Prepared:
+    """Finds the model, reads and encodes the data (`watch` hears how far), resolves the computation, sets threads.
 
     Where the run has a memory budget or method auto, its settings are chosen to fit, and the plan made, unless not
     to `choose`: a resumed run has the settings that it began with. Raises InputError where nothing fits.
@@ -113,14 +121,13 @@ def prepare_run(config: RunConfig, choose: bool = True, with_time: bool = True) 
         raise InputError(
             f"{config.data.max_tokens} is more than the {limit} positions of {config.model}", where="data.max_tokens"
         )
-    data = load_training_data(config.data, tokenizer, config.seed)
+    data = load_training_data(config.data, tokenizer, config.seed, watch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     unpacked = obstacle(build_graph(source.config, computation.dtype)) if config.data.pack else None
     pack = config.data.pack and unpacked is None
-    prefixes = find_prefixes(data.train) if pack else Prefixes.none(len(data.train))
     rows = Rows(
         data.train, _row_tokens(config, data, pack), config.train.micro_batch, config.train.accumulation,
-        config.seed, pack, int(pad or 0), prefixes,
+        config.seed, pack, int(pad or 0),
     )  # fmt: skip
     workload = _workload(config, rows)
     prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
@@ -158,24 +165,30 @@ def resumed(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def _workload(config: RunConfig, rows: Rows) -> Workload:
-    """What the run's steps hold, counted on the rows of the first epoch."""
-    first = rows.epoch(0)
-    batches = [batch for step in first for batch in rows.batches(step)]
-    tokens = sum(batch.tokens.numel() for batch in batches)
-    documents = sum(len(batch.documents) for batch in batches)
-    trained = sum(batch.trained_tokens for batch in batches)
+    """What the run's steps hold, counted on the rows of the first epoch, or on enough of them."""
+    counted, tokens, documents, trained, longest = 0, 0, 0, 0, 0
+    different: set[int] = set()
+    for step in rows.epoch(0):
+        for batch in rows.batches(step):
+            tokens += batch.tokens.numel()
+            documents += len(batch.documents)
+            trained += batch.trained_tokens
+            longest = max(longest, batch.tokens.shape[1])
+            different.update(batch.tokens.unique().tolist())
+        counted += 1
+        if tokens >= COUNTED_TOKENS:
+            longest = max(longest, min(rows.row_tokens, int(lengths_of(rows.samples).max())))
+            break
     steps = count_steps(rows, config.train.epochs, config.train.steps)
     return Workload(
-        steps, round(steps * tokens / len(first)), max(1, tokens // documents), trained / tokens,
-        max(batch.tokens.shape[1] for batch in batches),
-        len({token for batch in batches for token in batch.tokens.unique().tolist()}),
-    )  # fmt: skip
+        steps, round(steps * tokens / counted), max(1, tokens // documents), trained / tokens, longest, len(different)
+    )
 
 
 def _row_tokens(config: RunConfig, data: TrainingData, pack: bool) -> int:
     """Rows are as long as asked for, but no longer than all the data together, or (unpacked) the longest sample."""
-    lengths = [len(sample) for sample in data.train]
-    return min(config.data.max_tokens, sum(lengths) if pack else max(lengths))
+    lengths = data.train.lengths
+    return min(config.data.max_tokens, int(lengths.sum(dtype=np.int64) if pack else lengths.max()))
 
 
 def plan_run(prepared: Prepared, with_time: bool = True) -> Plan:
@@ -314,12 +327,10 @@ def _identity(prepared: Prepared) -> dict[str, str]:
     train = prepared.config.train.model_copy(update=_FREE_TO_CHANGE)
     config = prepared.config.model_copy(update={"output": None, "memory": None, "train": train})
     computation = prepared.computation
-    data = hashlib.sha256()
-    for sample in (*prepared.data.train, *prepared.data.validation):
-        data.update(repr((sample.tokens, sample.trained)).encode())
     return {
         "config": hashlib.sha256(dump(config).encode()).hexdigest(),
-        "data": data.hexdigest(),
+        "data": f"{prepared.data.train.digest()} {prepared.data.validation.digest()}",
+        "order of rows": str(ORDER_VERSION),
         "computation": f"{computation.dtype} {computation.backend} {computation.threads} threads"
         + (" int8" if computation.trains_in_int8 else ""),
         "model": prepared.source.identity(),

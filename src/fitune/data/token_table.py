@@ -1,0 +1,243 @@
+"""Encoded samples as columns of numbers, in memory or in files: as many as a disk holds, read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitune.data.conversation import Origin
+from fitune.data.encoding import EncodedSample
+
+# A token and whether it is trained lie in one number; no vocabulary has 2 ** 31 entries.
+_TRAINED = 1 << 31
+# What is kept of a sample: (type, numbers). `number`: which sample of its file it is, from 0 (the parts of a
+# text that was split have the same); `key`: as `Samples.keys`; `marks`: what EncodedSample counts after `origin`.
+COLUMNS: Mapping[str, tuple[str, int]] = {
+    "tokens": ("<u4", 1),
+    "length": ("<u4", 1),
+    "trained": ("<u4", 1),
+    "line": ("<u8", 1),
+    "number": ("<u8", 1),
+    "key": ("<u8", 2),
+    "marks": ("<u4", 5),
+}
+
+Columns = Mapping[str, NDArray[Any]]
+Places = NDArray[np.int64]
+
+
+def packed(samples: Sequence[EncodedSample], numbers: Sequence[int] | None = None) -> dict[str, NDArray[Any]]:
+    """Samples as the columns of a table; `numbers`: which samples of their file they are (None: in order)."""
+    words = [
+        np.array(sample.tokens, dtype=np.uint32) | (np.array(sample.trained, dtype=np.uint32) << np.uint32(31))
+        for sample in samples
+    ]
+    marks = [
+        (s.without_end_token, s.control_tokens_in_text, s.lost_characters, s.is_cut, s.lost_end) for s in samples
+    ]
+    columns = {
+        "tokens": np.concatenate(words) if words else [],
+        "length": [len(sample) for sample in samples],
+        "trained": [sample.trained_tokens for sample in samples],
+        "line": [sample.origin.line if sample.origin else 0 for sample in samples],
+        "number": range(len(samples)) if numbers is None else numbers,
+        "key": [_key(word) for word in words],
+        "marks": marks,
+    }
+    return {name: _shaped(np.asarray(values, dtype=COLUMNS[name][0]), name) for name, values in columns.items()}
+
+
+def _key(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """The same for two samples exactly if they have the same tokens and the same mask (BLAKE2b, 128 bits)."""
+    return np.frombuffer(hashlib.blake2b(words.astype("<u4").tobytes(), digest_size=16).digest(), dtype="<u8")
+
+
+def _shaped(values: NDArray[Any], name: str) -> NDArray[Any]:
+    width = COLUMNS[name][1]
+    return values.reshape(-1, width) if width > 1 else values
+
+
+class TokenTable:
+    """The encoded samples of one file of data, in its order.
+
+    Attributes:
+        length, trained: of every sample how many tokens it has, and how many of them are trained; [samples] uint32.
+    """
+
+    def __init__(self, columns: Columns | Path, path: str | None, unit: str = "line") -> None:
+        """`columns`: as `packed` makes them, or a `TableWriter`'s folder; `path`, `unit`: of the samples' origin."""
+        self._path, self._unit = path, unit
+        self._columns = columns if not isinstance(columns, Path) else {}
+        self._files: dict[str, BinaryIO] = {}
+        if isinstance(columns, Path):
+            # Read at a place, never mapped: mapped pages would count as this process's memory.
+            self._files = {name: open(columns / f"{name}.bin", "rb", buffering=0) for name in COLUMNS}  # noqa: SIM115
+        self.length = self._whole("length").astype(np.uint32)
+        self.trained = self._whole("trained").astype(np.uint32)
+        self._start = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        words = self._read("tokens", int(self._start[index]), int(self.length[index])).astype(np.uint32)
+        line = int(self._read("line", index, 1)[0])
+        without_end, control, lost, is_cut, lost_end = self._read("marks", index, 1)[0].tolist()
+        return EncodedSample(
+            tuple((words & np.uint32(_TRAINED - 1)).tolist()),
+            tuple((words >= np.uint32(_TRAINED)).tolist()),
+            None if self._path is None else Origin(self._path, line, self._unit),
+            without_end,
+            control,
+            lost,
+            bool(is_cut),
+            bool(lost_end),
+        )
+
+    def numbers(self) -> NDArray[Any]:
+        """Which sample of its file each is, or is a part of, from 0; [samples] uint64."""
+        return self._whole("number")
+
+    def keys(self) -> NDArray[Any]:
+        """Of every sample a number that only equal ones share; [samples, 2] uint64."""
+        return self._whole("key")
+
+    def origin(self, index: int) -> Origin | None:
+        """Where a sample comes from."""
+        if self._path is None:
+            return None
+        return Origin(self._path, int(self._read("line", index, 1)[0]), self._unit)
+
+    def _whole(self, name: str) -> NDArray[Any]:
+        if not self._files:
+            return self._columns[name]
+        kind, width = COLUMNS[name]
+        count = os.fstat(self._files[name].fileno()).st_size // (np.dtype(kind).itemsize * width)
+        return self._read(name, 0, count)
+
+    def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
+        if not self._files:
+            return self._columns[name][start : start + count]
+        kind, width = COLUMNS[name]
+        size = np.dtype(kind).itemsize * width
+        parts, place, end = [], start * size, (start + count) * size
+        while place < end:  # a read may come in parts
+            part = os.pread(self._files[name].fileno(), min(end - place, 1 << 30), place)
+            if not part:
+                raise OSError(f"{self._files[name].name} is shorter than it was")
+            parts.append(part)
+            place += len(part)
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        return _shaped(np.frombuffer(whole, dtype=kind), name)
+
+
+class TableWriter:
+    """Collects columns, in memory or (given a `folder`) in files of it."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
+        self._files = {} if folder is None else {name: open(folder / f"{name}.bin", "wb") for name in COLUMNS}  # noqa: SIM115
+
+    def append(self, columns: Columns) -> None:
+        """Adds samples, as `packed` makes columns of them."""
+        for name, values in columns.items():
+            if self._files:
+                self._files[name].write(np.ascontiguousarray(values).data)
+            else:
+                self._parts[name].append(values)
+
+    def close(self) -> Columns:
+        """All columns (of a writer to files: none; they are in the folder)."""
+        for file in self._files.values():
+            file.close()
+        if self._files:
+            return {}
+        nothing = packed([])
+        return {name: np.concatenate([nothing[name], *parts]) for name, parts in self._parts.items()}
+
+
+class Samples(Sequence[EncodedSample]):
+    """Some of the samples of several tables, in any order and as often as wanted.
+
+    Attributes:
+        tables: where they are.
+        chosen: which of all samples of the tables, one after the other; [samples] int64.
+    """
+
+    def __init__(self, tables: Sequence[TokenTable], chosen: Places | None = None) -> None:
+        self.tables = tuple(tables)
+        self._bounds = np.concatenate([[0], np.cumsum([len(table) for table in self.tables], dtype=np.int64)])
+        self.chosen: Places = np.arange(self._bounds[-1]) if chosen is None else chosen
+        self.lengths = self._of_all([table.length for table in self.tables])
+        self.trained = self._of_all([table.trained for table in self.tables])
+
+    @classmethod
+    def of(cls, samples: Iterable[EncodedSample]) -> Samples:
+        """Samples in memory; of their origins only the lines are kept."""
+        return cls([TokenTable(packed(list(samples)), None)])
+
+    def _of_all(self, columns: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+        return np.concatenate([np.zeros(0, dtype=np.uint32), *columns])[self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> EncodedSample | Samples:
+        if isinstance(index, slice):
+            return Samples(self.tables, self.chosen[index])
+        table, place = self._place(index)
+        return self.tables[table][place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Samples) and self.digest() == other.digest()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, places: Places) -> Samples:
+        """Those at `places`, in that order."""
+        return Samples(self.tables, self.chosen[places])
+
+    def origin(self, index: int) -> Origin | None:
+        """Where a sample comes from."""
+        table, place = self._place(index)
+        return self.tables[table].origin(place)
+
+    def table_of(self) -> Places:
+        """Of every sample the number of its table; [samples]."""
+        return np.searchsorted(self._bounds, self.chosen, side="right") - 1
+
+    def keys(self) -> NDArray[np.uint64]:
+        """Of every sample a number that only equal ones share; [samples, 2]."""
+        whole = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *(table.keys() for table in self.tables)])
+        return whole[self.chosen]
+
+    def numbers(self) -> NDArray[np.uint64]:
+        """Which sample of its file each is, or is a part of, from 0; [samples]."""
+        whole = np.concatenate([np.zeros(0, dtype=np.uint64), *(table.numbers() for table in self.tables)])
+        return whole[self.chosen]
+
+    def digest(self) -> str:
+        """A number (hexadecimal) of all tokens and masks in this order."""
+        return hashlib.blake2b(np.ascontiguousarray(self.keys()).data, digest_size=32).hexdigest()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        place = int(self.chosen[index])
+        table = int(np.searchsorted(self._bounds, place, side="right")) - 1
+        return table, place - int(self._bounds[table])
+
+
+def lengths_of(samples: Sequence[EncodedSample]) -> NDArray[np.uint32]:
+    """How many tokens each sample has; [samples]."""
+    if isinstance(samples, Samples):
+        return samples.lengths
+    return np.fromiter(map(len, samples), dtype=np.uint32, count=len(samples))

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fitune.data import EncodedSample, Origin
+from fitune.data.split import groups_of, of_documents
+from fitune.data.token_table import Samples, TableWriter, TokenTable, packed
+
+samples_of = st.lists(
+    st.builds(
+        lambda pairs, line, counts: EncodedSample(
+            tuple(token for token, _ in pairs),
+            tuple(on for _, on in pairs),
+            Origin("a.jsonl", line),
+            *counts[:3],
+            bool(counts[3] % 2),
+            bool(counts[4] % 2),
+        ),
+        st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=20),
+        st.integers(1, 2**40),
+        st.lists(st.integers(0, 1000), min_size=5, max_size=5),
+    ),
+    max_size=12,
+)
+
+
+@given(samples_of, st.integers(1, 5))
+def test_a_table_gives_back_what_was_put_in(
+    tmp_path_factory: pytest.TempPathFactory, samples: list[EncodedSample], chunk: int
+) -> None:
+    folder = tmp_path_factory.mktemp("table")
+    for writer, place in ((TableWriter(), None), (TableWriter(folder), folder)):
+        for start in range(0, len(samples), chunk):
+            writer.append(packed(samples[start : start + chunk]))
+        table = TokenTable(writer.close() if place is None else _closed(writer, folder), "a.jsonl")
+        assert [table[index] for index in range(len(table))] == samples
+        assert table.length.tolist() == [len(sample) for sample in samples]
+        assert table.trained.tolist() == [sample.trained_tokens for sample in samples]
+
+
+def _closed(writer: TableWriter, folder: Path) -> Path:
+    writer.close()
+    return folder
+
+
+@given(samples_of)
+def test_keys_are_equal_where_tokens_and_masks_are(samples: list[EncodedSample]) -> None:
+    both = Samples.of([*samples, *samples])
+    groups, first = groups_of(both.keys())
+    content = [(sample.tokens, sample.trained) for sample in [*samples, *samples]]
+    for one in range(len(content)):
+        assert [groups[one] == groups[other] for other in range(len(content))] == [
+            content[one] == other for other in content
+        ]
+        assert first[groups[one]] == content.index(content[one])
+
+
+def test_a_file_that_was_cut_short_is_no_table(tmp_path: Path) -> None:
+    writer = TableWriter(tmp_path)
+    writer.append(packed([EncodedSample((1, 2, 3), (False, True, True))] * 4))
+    writer.close()
+    table = TokenTable(tmp_path, None)
+    (tmp_path / "tokens.bin").write_bytes((tmp_path / "tokens.bin").read_bytes()[:40])
+    assert table[1].tokens == (1, 2, 3)
+    with pytest.raises(OSError, match=r"tokens\.bin is shorter than it was"):
+        table[3]
+
+
+def test_samples_of_several_tables() -> None:
+    one = TokenTable(packed([EncodedSample((n,), (True,)) for n in range(3)]), "a")
+    two = TokenTable(packed([EncodedSample((n, n), (True, False)) for n in range(3, 5)]), "b")
+    whole = Samples([one, two])
+    assert [sample.tokens[0] for sample in whole] == [0, 1, 2, 3, 4]
+    chosen = whole.take(np.array([4, 0, 0, 3]))
+    assert [sample.tokens[0] for sample in chosen] == [4, 0, 0, 3]
+    assert chosen.lengths.tolist() == [2, 1, 1, 2]
+    assert chosen.table_of().tolist() == [1, 0, 0, 1]
+    assert chosen[1:3].trained.tolist() == [1, 1]
+    assert chosen.numbers().tolist() == [1, 0, 0, 0]
+    assert chosen.digest() != whole.take(np.array([4, 0, 3, 0])).digest()
+    assert chosen == whole.take(np.array([4, 0, 0, 3]))
+    with pytest.raises(IndexError):
+        chosen[4]
+
+
+def test_parts_of_a_document_stay_with_the_first() -> None:
+    groups = np.array([0, 1, 2, 3, 1])
+    found = of_documents(groups, np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2], dtype=np.uint64))
+    assert found.tolist() == [0, 0, 2, 3, 1]
