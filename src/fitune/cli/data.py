@@ -69,6 +69,7 @@ def inspect(
     """Show what would be trained on, token by token, and what is wrong with it; exit code 2 where it cannot be."""
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"--html {html}: there is no folder {html.absolute().parent} to write it in")
+    from fitune.cli.encoding_view import encoding
     from fitune.data.dataset import examine_data
     from fitune.models.find import find_model
 
@@ -82,7 +83,8 @@ def inspect(
         data["validation"] = _share(validation)
     config = _run_of(files, found, _columns(columns), instruction, data, model)
     source = find_model(config.model)
-    examined = examine_data(config.data, source.tokenizer(), config.seed)
+    with encoding() as watch:
+        examined = examine_data(config.data, source.tokenizer(), config.seed, watch)
     report = examined.data.report
     seconds = _epoch_seconds(config) if with_time and not report.refused else None
     if html is not None:

@@ -71,9 +71,11 @@ def command(
         return
     if is_run_file(run):
         from fitune import config
+        from fitune.cli.encoding_view import encoding
         from fitune.train.run import plan_run, prepare_run
 
-        prepared = prepare_run(config.load(Path(run), overrides or ()))
+        with encoding() as watch:
+            prepared = prepare_run(config.load(Path(run), overrides or ()), watch=watch)
         assumed, note, warnings = None, None, prepared.source.warnings()
         print_warnings(warnings)
         plan = plan_run(prepared)
@@ -131,9 +133,11 @@ def _plan_elsewhere(run: str, overrides: list[str], machine: Machine, as_json: b
     assumed = None
     if is_run_file(run):
         from fitune import config
+        from fitune.cli.encoding_view import encoding
         from fitune.train.run import prepare_run, workload_of
 
-        prepared = prepare_run(config.load(Path(run), overrides), choose=False)
+        with encoding() as watch:
+            prepared = prepare_run(config.load(Path(run), overrides), choose=False, watch=watch)
         settings, source = prepared.config, prepared.source
         print_warnings(source.warnings())
 

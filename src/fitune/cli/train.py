@@ -35,6 +35,7 @@ def command(
             "(fitune train FOLDER/config.yaml --resume)",
             where=path,
         )
+    from fitune.cli.encoding_view import encoding
     from fitune.cli.plan_page import fits_sentence, print_plan
     from fitune.train.comparing import check_evaluation, compare_with_base
     from fitune.train.progress_view import TrainingView
@@ -43,7 +44,8 @@ def command(
 
     if resume and config.output is not None:
         config = resumed(config, RunFolder(Path(config.output)))
-    prepared = prepare_run(config, choose=not resume)
+    with encoding() as watch:
+        prepared = prepare_run(config, choose=not resume, watch=watch)
     config = prepared.config
     folder = RunFolder(Path(config.output) if config.output else default_folder(config))
     warnings = prepared.source.warnings()
