@@ -20,6 +20,7 @@ import ablation  # noqa: E402
 import budget_runs  # noqa: E402
 import cost_curves  # noqa: E402
 import generation_speed  # noqa: E402
+import large_data  # noqa: E402
 import larger_than_memory  # noqa: E402
 import loss_agreement  # noqa: E402
 import machine_limit  # noqa: E402
@@ -131,6 +132,15 @@ def _paged_optimizer(result: Found) -> Iterator[Table]:
     yield "", paged_optimizer.COLUMNS, [paged_optimizer.row_cells(row) for row in rows]
 
 
+def _large_data(result: Found) -> Iterator[Table]:
+    rows = [_row(large_data.Row, row) for row in result["rows"]]
+    said = (
+        f"{rows[0].file_bytes / 1e9:.2f} GB of JSON Lines, {result['kept_bytes'] / 1e9:.2f} GB of tokens kept. "
+        "Memory of all processes together, and of the largest."
+    )
+    yield said, large_data.COLUMNS, [large_data.row_cells(row) for row in rows]
+
+
 def _plan_published(result: Found) -> Iterator[Table]:
     rows = [_row(plan_published.Row, row) for row in result["rows"]]
     near = [row for row in rows if row.problem is None and abs(row.their_way_ratio - 1) <= 0.25]
@@ -211,6 +221,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("larger_than_memory", "Weights larger than memory: 7B", _larger_than_memory),
     Section("larger_than_memory_70b", "Weights larger than memory: 70B", _larger_than_memory),
     Section("paged_optimizer", "Full fine-tuning with optimizer states on disk", _paged_optimizer),
+    Section("large_data", "Training data larger than memory", _large_data),
     Section("plan_published", "The plan for GPUs beside published measurements", _plan_published),
 )  # fmt: skip
 

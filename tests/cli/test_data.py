@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from command_line import call, facts_of
 
+from fitune.cli import encoding_view
+from fitune.data import encoded_file
 from fitune.data.report import DataReport
 
 
@@ -28,6 +30,21 @@ def test_inspect_tells_everything_in_json(questions: Path) -> None:
     assert (facts["samples"], facts["train_samples"], facts["validation_samples"]) == (30, 27, 3)
     assert (facts["end_token_share"], facts["refused"], facts["problems"]) == (1.0, [], [])
     assert [piece["is_trained"] for piece in facts["views"][0]["pieces"]] == [False, True, False]
+
+
+def test_large_files_say_how_far_they_are_and_where_their_tokens_lie(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(encoded_file, "KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr(encoding_view, "LINE_SECONDS", 0.0)
+    code, out, err = call("data", "inspect", questions, "--json")
+    assert code == 0, err
+    assert f"{questions}: 30 samples as tokens" in err
+    assert json.loads(out)["kept_in"] == [str(next((tmp_path / "cache" / "tokens").iterdir()).with_suffix(""))]
+    code, again, err = call("data", "inspect", questions, "--json")
+    assert "samples as tokens" not in err
+    assert again == out
 
 
 def test_inspect_shows_every_trained_token_and_writes_a_page(questions: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from fitune.config import load
 from fitune.config.schema import RunConfig
+from fitune.data import encoded_file
 from fitune.errors import DiskFullError, InputError, Interrupted, MemoryShortError
 from fitune.train import memory_watch
 from fitune.train.checkpoint import list_checkpoints, newest_whole
@@ -113,6 +114,20 @@ def test_a_run_learns_and_leaves_what_it_promises(place: Path, uninterrupted: Ou
     again = run(load(folder / "config.yaml", [f"output={place / 'again'}"]), place / "again")
     assert again.digest == uninterrupted.digest
     assert adapter_bits(place / "again") == adapter_bits(folder)
+
+
+def test_tokens_kept_on_disk_train_to_the_same_bits(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = ["data.validation=0.2", "data.over_length=cut", "data.max_tokens=96"]
+    in_memory = run(config_of(place, *shares), tmp_path / "memory")
+    monkeypatch.setattr(encoded_file, "KEPT_FROM_BYTES", 1)
+    with pytest.raises(Interrupted):
+        run(config_of(place, *shares), tmp_path / "disk", watch=stop_after(3))
+    monkeypatch.setattr(encoded_file, "encode_samples", lambda *_: pytest.fail("encoded again"))
+    on_disk = run(config_of(place, *shares), tmp_path / "disk", resume=True)
+    assert on_disk.digest == in_memory.digest
+    assert on_disk.validation == in_memory.validation
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])

@@ -61,6 +61,7 @@ def _problems(report: DataReport) -> str:
     if not report.problems:
         return ""
     shown = "".join(f"<li>{escape(str(item))}</li>" for item in report.problems[:SHOWN_PROBLEMS])
-    more = len(report.problems) - SHOWN_PROBLEMS
+    count = len(report.problems) + report.more_problems
+    more = count - SHOWN_PROBLEMS
     rest = f"<p>and {more:,} more</p>" if more > 0 else ""
-    return f"<section><h2>{len(report.problems):,} things to know</h2><ul>{shown}</ul>{rest}</section>"
+    return f"<section><h2>{count:,} things to know</h2><ul>{shown}</ul>{rest}</section>"
