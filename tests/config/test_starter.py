@@ -46,7 +46,12 @@ def test_every_commented_line_can_be_uncommented(folder: Path, at: int) -> None:
     """Alone, with what the field needs beside it: the file's examples and defaults cannot rot."""
     lines = config.starter_file().splitlines()
     lines[at] = lines[at].replace("#", "", 1)
-    beside = {"validate_every_steps": ["validation"], "data": ["task"], "database": ["data", "task"]}
+    beside = {
+        "validate_every_steps": ["validation"],
+        "early_stopping_patience": ["validate_every_steps", "validation"],
+        "data": ["task"],
+        "database": ["data", "task"],
+    }
     name = lines[at].strip().partition(":")[0]
     text = "\n".join(lines)
     for needed in beside.get(name, []):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,12 @@ def test_unknown_optimizers_are_refused() -> None:
         make_optimizer("sgd", MODEL.trainable, (0.9, 0.999), 0.0, "reference")
 
 
-@given(st.sampled_from(["cosine", "linear", "constant"]), st.integers(1, 300), st.floats(0, 1), st.floats(1e-6, 1))
+@given(
+    st.sampled_from(["cosine", "linear", "constant", "polynomial"]),
+    st.integers(1, 300),
+    st.floats(0, 1),
+    st.floats(1e-6, 1),
+)
 def test_schedules(kind: str, steps: int, share: float, peak: float) -> None:
     rates = [Schedule(kind, peak, steps, share).rate(step) for step in range(steps)]
     warmup = round(steps * share)
@@ -155,6 +161,39 @@ def test_schedules_by_hand() -> None:
     ]  # fmt: skip
     cosine = Schedule("cosine", 1.0, 4, 0.0)
     assert [round(cosine.rate(step), 4) for step in range(4)] == [1.0, 0.8536, 0.5, 0.1464]
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize(
+    ("kind", "theirs", "more"),
+    [
+        ("cosine", "cosine", {}),
+        ("linear", "linear", {}),
+        ("polynomial", "polynomial", {"power": 3.0, "lr_end": 0.0}),
+        ("cosine_restarts", "cosine_with_restarts", {"num_cycles": 3}),
+    ],
+)
+def test_schedules_beside_transformers(kind: Any, theirs: str, more: dict[str, Any], warmup: int) -> None:
+    """The same after the warm-up; ours begins one step higher, as a rate of 0 would waste a step."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = get_scheduler(theirs, optimizer, warmup, 60, scheduler_specific_kwargs=more)
+    expected = []
+    for _ in range(60):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    ours = Schedule(kind, 0.5, 60, 0.0, warmup_steps=warmup, power=3.0, cycles=3)
+    assert [ours.rate(step) for step in range(warmup, 60)] == pytest.approx(expected[warmup:])
+    assert all(0 < ours.rate(step) <= 0.5 for step in range(60))
+
+
+def test_rates_end_at_their_floor() -> None:
+    found = Schedule("linear", 1.0, 100, 0.0, floor=0.1)
+    assert found.rate(0) == 1.0
+    assert found.rate(50) == pytest.approx(0.55)
+    assert found.rate(100) == pytest.approx(0.1)
 
 
 @pytest.mark.skipif(BACKEND != "native", reason="rooms are for results of native kernels")

@@ -3,80 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_runs import STEPS, adapter_bits, config_of, run, stop_after
 
 from fitune.config import load
-from fitune.config.schema import RunConfig
 from fitune.data import encoded_file
 from fitune.errors import DiskFullError, InputError, Interrupted, MemoryShortError
 from fitune.train import memory_watch
 from fitune.train.checkpoint import list_checkpoints, newest_whole
-from fitune.train.loop import StepRecord
 from fitune.train.run import Outcome, plan_run, prepare_run, resumed, train_run
 from fitune.train.run_folder import RunFolder
-from tiny_models import write_model, write_questions
-
-STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a model, data and a store's cache of its own."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_model(folder / "model")
-    write_questions(folder / "train.jsonl")
-    write_questions(folder / "validation.jsonl", 5, first=100)
-    before = os.environ.get("FITUNE_CACHE")
-    os.environ["FITUNE_CACHE"] = str(folder / "cache")
-    yield folder
-    del os.environ["FITUNE_CACHE"]
-    if before is not None:
-        os.environ["FITUNE_CACHE"] = before
-
-
-def config_of(place: Path, *overrides: str) -> RunConfig:
-    path = place / "run.yaml"
-    path.write_text(
-        f"model: {place / 'model'}\ndata:\n  train: {place / 'train.jsonl'}\n  max_tokens: 256\n"
-        f"train:\n  steps: {STEPS}\n  micro_batch: 1\n  accumulation: 2\n  learning_rate: 0.01\n  threads: 1\n"
-        "  save_every_steps: 2\n  keep_checkpoints: 2\n"
-    )
-    return load(path, overrides)
-
-
-def run(config: RunConfig, folder: Path, resume: bool = False, watch=None, say=lambda line: None) -> Outcome:
-    prepared = prepare_run(config)
-    return train_run(prepared, plan_run(prepared, with_time=False), RunFolder(folder), resume, watch, say=say)
-
-
-def stop_after(step: int):
-    """A watcher that sends this process SIGTERM, as a scheduler would."""
-
-    def watch(record: object) -> None:
-        if isinstance(record, StepRecord) and record.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    return watch
-
-
-def adapter_bits(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+from tiny_models import write_questions
 
 
 def test_noise_on_embeddings_is_in_training_alone_and_the_same_when_resumed(place: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fitune.config.allowed import Option, field_options, in_words, nearest, section_of, suggestion
+from fitune.config.conflicts import CombinationError, Conflict
 from fitune.config.document import (
     described,
     is_null,
@@ -25,8 +26,6 @@ from fitune.config.schema import (
     HUB,
     SPLITS,
     STATE,
-    CombinationError,
-    Conflict,
     DataFile,
     DataSource,
     InputFile,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fitune.config.byte_size import parse_bytes
+from fitune.config.conflicts import CombinationError, conflicts
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,6 @@ class OutputFolder:
 @dataclass(frozen=True)
 class ModelReference:
     """Marks a name that may be a path: a folder, a GGUF file, a hub name or the word `bundled`."""
-
-
-class Conflict(NamedTuple):
-    """A field that cannot stand beside others: its name (`train.steps`), the others' names, what to do."""
-
-    field: str
-    beside: tuple[str, ...]
-    sentence: str
-
-
-class CombinationError(ValueError):
-    """Fields that are right one by one and cannot stand together."""
-
-    def __init__(self, conflicts: list[Conflict]) -> None:
-        self.conflicts = conflicts
-        super().__init__("; ".join(f"{conflict.field}: {conflict.sentence}" for conflict in conflicts))
 
 
 class Section(BaseModel):
@@ -230,14 +213,26 @@ class TrainSettings(Section):
         examples=[2e-4],
         json_schema_extra={"usual": "between 1e-6 and 2e-3"},
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
+    schedule: Literal["cosine", "linear", "constant", "polynomial", "cosine_restarts"] = Field(
         default="cosine", description="How the learning rate falls after the warm-up"
+    )
+    schedule_power: float = Field(
+        default=2.0, gt=0, le=100, description="Of schedule polynomial: 1 is linear, more falls sooner"
+    )
+    schedule_cycles: int = Field(
+        default=2, ge=1, le=1000, description="Of schedule cosine_restarts: how often the rate falls from its peak"
+    )
+    final_rate_share: float = Field(
+        default=0.0, ge=0, lt=1, description="The learning rate falls to this share of its peak, and no lower"
     )
     warmup_share: float = Field(
         default=0.03,
         ge=0,
         lt=1,
         description="Share of the steps in which the learning rate rises from zero",
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Steps in which the learning rate rises, instead of a share", examples=[100]
     )
     weight_decay: float = Field(default=0.0, ge=0, lt=1, description="AdamW's decoupled weight decay")
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = Field(
@@ -285,6 +280,25 @@ class TrainSettings(Section):
         default=None,
         description="Validate after every so many steps; without it at the end",
         examples=[100],
+    )
+    early_stopping_patience: Count | None = Field(
+        default=None,
+        description="End the run after so many validations in a row whose loss was no better; without it never",
+        examples=[3],
+    )
+    early_stopping_min_delta: float = Field(
+        default=0.0, ge=0, le=100, description="How much less a validation loss must be to count as better"
+    )
+    restore_best: bool = Field(
+        default=False, description="The result is the model of the best validation, not of the last step"
+    )
+    on_non_finite: Literal["stop", "skip", "lower_rate"] = Field(
+        default="stop",
+        description="Where a loss or gradients are no finite numbers: stop; skip the step; or go back to the newest "
+        "checkpoint's weights and go on behind the step, with half the learning rate",
+    )
+    non_finite_limit: int = Field(
+        default=3, ge=1, le=100_000, description="Steps that may be skipped so before the run stops"
     )
     save_every_steps: Count | None = Field(
         default=None,
@@ -354,88 +368,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
-        conflicts = list(_conflicts(self))
-        if conflicts:
-            raise CombinationError(conflicts)
+        found = list(conflicts(self))
+        if found:
+            raise CombinationError(found)
         return self
-
-
-def _conflicts(config: RunConfig) -> Iterable[Conflict]:
-    """Fields that contradict each other, or that would have no effect."""
-    data, train, evaluate = config.data, config.train, config.evaluate
-    if config.method == "full":
-        for name in sorted(config.lora.model_fields_set):
-            yield Conflict(
-                f"lora.{name}",
-                ("method",),
-                "method full has no adapter; remove this, or take method lora or qlora",
-            )
-        if train.compute == "int8":
-            yield Conflict(
-                "train.compute",
-                ("method",),
-                "int8 is for frozen weights, and method full has none; take auto, or method lora or qlora",
-            )
-    if train.resident_layers is not None and config.method not in ("qlora", "auto"):
-        yield Conflict(
-            "train.resident_layers",
-            ("method",),
-            "only weights in 4 bits are read from the disk as they are needed; remove this, or take method qlora",
-        )
-    if train.compute == "int8" and config.lora.dropout > 0:
-        yield Conflict(
-            "train.compute",
-            ("lora.dropout",),
-            "int8 does not cover dropout; take auto, or lora.dropout 0",
-        )
-    if train.steps is not None and "epochs" in train.model_fields_set:
-        yield Conflict("train.steps", ("train.epochs",), "given together with train.epochs; keep one of them")
-    if train.validate_every_steps is not None and data.validation is None:
-        yield Conflict(
-            "train.validate_every_steps",
-            ("data.validation",),
-            "there is nothing to validate on; give data.validation a file or a share such as 0.05",
-        )
-    for number, source in enumerate(data.train):
-        if source.share is not None and source.weight != 1:
-            yield Conflict(
-                f"data.train[{number}].share",
-                (f"data.train[{number}].weight",),
-                "given together with a weight; keep one of them",
-            )
-    if data.replay is None and data.replay_share != DataSettings.model_fields["replay_share"].default:
-        yield Conflict("data.replay_share", ("data.replay",), "has no effect without data.replay; give it a file")
-    if isinstance(data.validation, str) and os.path.realpath(data.validation) in [
-        os.path.realpath(source.path) for source in data.train
-    ]:
-        yield Conflict(
-            "data.validation",
-            ("data.train",),
-            f"{data.validation} is training data too; give another file, or a share such as 0.05 to hold out",
-        )
-    if evaluate.task == "none":
-        for name in ("data", "database"):
-            if getattr(evaluate, name) is not None:
-                yield Conflict(
-                    f"evaluate.{name}",
-                    ("evaluate.task",),
-                    "has no effect with task none; set evaluate.task or remove this",
-                )
-    elif evaluate.data is None and data.validation is None:
-        yield Conflict(
-            "evaluate.task",
-            ("evaluate.data", "data.validation"),
-            f"{evaluate.task} needs questions; give evaluate.data a file, or set data.validation",
-        )
-    if evaluate.task == "sql" and evaluate.database is None:
-        yield Conflict(
-            "evaluate.task",
-            ("evaluate.database",),
-            "sql needs evaluate.database, the SQLite file the answers are run on",
-        )
-    if evaluate.task in ("text", "perplexity") and evaluate.database is not None:
-        yield Conflict(
-            "evaluate.database",
-            ("evaluate.task",),
-            f"only task sql runs on a database, not {evaluate.task}; remove this",
-        )

@@ -21,6 +21,9 @@ class Gradients(Protocol):
     def clear(self) -> None:
         """Forgets them."""
 
+    def first_non_finite(self) -> torch.Tensor | None:
+        """The first parameter whose gradient is not finite."""
+
 
 class HeldGradients:
     """Gradients as autograd leaves them: in memory, each in its parameter's `.grad`."""
@@ -41,9 +44,18 @@ class HeldGradients:
         """Frees them."""
         self._optimizer.zero_grad(set_to_none=True)
 
+    def first_non_finite(self) -> torch.Tensor | None:
+        """None where all are finite."""
+        for parameter in self._parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return parameter
+        return None
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
     def _all(self) -> list[torch.Tensor]:
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> Gradients:

@@ -52,6 +52,11 @@ class PagedGradients:
         self._norms.clear()
         self._factor = 1.0
 
+    def first_non_finite(self) -> Tensor | None:
+        """The first parameter whose gradient is not finite."""
+        wrong = {index for index, norm in self._norms.items() if not bool(torch.isfinite(norm))}
+        return next((parameter for parameter, index in self._index.items() if index in wrong), None)
+
     def has(self, parameter: nn.Parameter) -> bool:
         """Whether the parameter got a gradient."""
         return self._index[parameter] in self._norms

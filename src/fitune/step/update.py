@@ -20,7 +20,15 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 class NonFiniteError(FituneError):
-    """A loss or gradient that is not a finite number; no weight was changed."""
+    """A loss or gradient that is not a finite number; no weight was changed.
+
+    Attributes:
+        parameter: the first whose gradient is not finite; None: the loss alone is not.
+    """
+
+    def __init__(self, loss: float, norm: float, parameter: Tensor | None) -> None:
+        self.parameter = parameter
+        super().__init__(f"loss {loss}, gradient norm {norm}")
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,13 @@ def update(
             del logprobs, part
     norm = gradients.norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        wrong = gradients.first_non_finite()
         gradients.clear()
-        raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+        raise NonFiniteError(loss, norm, wrong)
     if max_grad_norm and norm > max_grad_norm:
         gradients.scale(max_grad_norm / norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate_ratio", 1.0)
     optimizer.step()
     gradients.clear()
     return StepResult(

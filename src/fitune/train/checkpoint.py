@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,19 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps taken, and tokens seen and trained so far."""
+    """How far a run is: optimizer steps taken, and tokens seen and trained so far.
+
+    Attributes:
+        non_finite: steps that were left out because their loss or gradients were no finite numbers.
+        rate_ratio: what the schedule's learning rate is multiplied by since.
+    """
 
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
+    non_finite: int = 0
+    rate_ratio: float = 1.0
 
 
 def save_checkpoint(
@@ -58,8 +65,7 @@ def save_checkpoint(
         for written in write_file(beside / TENSORS, plans, tensors.__getitem__):
             give_back(optimizer, tensors[written.name])
         state = {
-            "step": progress.step, "tokens": progress.tokens, "trained_tokens": progress.trained_tokens,
-            "seconds": progress.seconds, "identity": dict(identity), "scalars": scalars,
+            **asdict(progress), "identity": dict(identity), "scalars": scalars,
             "sha256": _digest(beside / TENSORS),
         }  # fmt: skip
         text = json.dumps({**state, "state_sha256": _state_digest(state)}, indent=2)
@@ -121,7 +127,7 @@ def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimi
         place, _, key = name.partition(".")
         states_of(optimizer, parameters[int(place)])[key] = scalar
     torch.set_rng_state(file.read("random").clone())
-    return Progress(state["step"], state["tokens"], state["trained_tokens"], state["seconds"])
+    return Progress(**{one.name: state[one.name] for one in fields(Progress) if one.name in state})
 
 
 def _put(file: SafetensorsFiles, name: str, target: Tensor) -> None:

@@ -7,8 +7,9 @@ import json
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -16,25 +17,33 @@ from typing import Any
 import torch
 
 from fitune.atomic import write_text
-from fitune.config.schema import RunConfig
+from fitune.config.schema import RunConfig, TrainSettings
 from fitune.data.batch import Batch
 from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
 from fitune.data.order import Row, epoch_rows
-from fitune.errors import FituneError, Interrupted, MemoryShortError
+from fitune.errors import DiskFullError, FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import rooms
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import close, make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
-from fitune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from fitune.train.best_weights import best_step, save_best, take_best
+from fitune.train.checkpoint import Progress, list_checkpoints, load_checkpoint, newest_whole, save_checkpoint
+from fitune.train.early_stopping import EarlyStopping
+from fitune.train.loss_spikes import SpikeWatch, worst_samples
 from fitune.train.memory_watch import MemoryWatch
+from fitune.train.non_finite import place_of
+from fitune.train.patient_file import PatientFile
 from fitune.train.run_folder import RunFolder
+from fitune.train.stall_watch import StallWatch
 
 # LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
 LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5}
 
+# A checkpoint that found no room on the disk is tried again after so many steps.
+RETRY_STEPS = 10
 # Often enough to hold the heap's growth to a few per cent, seldom enough to cost none of the speed.
 TRIM_EVERY_STEPS = 64
 
@@ -224,23 +233,22 @@ def _take_steps(
 ) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
-    rate = learning_rate(config)
-    schedule = Schedule(settings.schedule, rate, steps, settings.warmup_share)
+    schedule = schedule_of(config, steps)
     progress = Progress()
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model, optimizer)
     else:
         torch.manual_seed(config.seed)
-    _trim_metrics(folder, progress.step)
+    stopping_early = EarlyStopping(settings.early_stopping_patience, settings.early_stopping_min_delta)
+    _trim_metrics(folder, progress.step, stopping_early)
+    spikes, stalls = SpikeWatch(), StallWatch(say)
+    saver = _Saver(folder, model, optimizer, identity, settings.keep_checkpoints, say)
+    lately: deque[float] = deque(maxlen=settings.validate_every_steps or 1)
 
-    def save() -> None:
-        save_checkpoint(folder.checkpoints, model, optimizer, progress, identity, settings.keep_checkpoints)
-
-    with _stop_signals() as stopping, open(folder.metrics_file, "a") as metrics:
+    with _stop_signals() as stopping, closing(PatientFile(folder.metrics_file, say)) as metrics:
 
         def record(entry: StepRecord | ValidationRecord) -> None:
-            metrics.write(json.dumps(asdict(entry)) + "\n")
-            metrics.flush()
+            metrics.write(f"{json.dumps(asdict(entry))}\n".encode())
             if watch is not None:
                 watch(entry)
 
@@ -248,68 +256,179 @@ def _take_steps(
         for number, (epoch, step_rows) in enumerate(rows.steps(settings.epochs, settings.steps)):
             if number < progress.step:
                 continue
+            if stopping_early.is_over:
+                break
             begun = time.perf_counter()
+            rate = schedule.rate(number) * progress.rate_ratio
+            batches = rows.batches(step_rows)
             try:
-                result = update(
-                    model, rows.batches(step_rows), optimizer, schedule.rate(number), settings.max_grad_norm
-                )
+                with stalls.step(number + 1):
+                    result = update(model, batches, optimizer, rate, settings.max_grad_norm)
             except NonFiniteError as error:
-                where = sorted({str(rows.samples[i].origin) for row in step_rows for i in row.samples})[:8]
-                raise FituneError(
-                    f"step {number + 1}: {error}; no weight was changed. The step's data began with: "
-                    f"{', '.join(where)}. A lower train.learning_rate usually helps"
-                ) from error
+                where = place_of(model, batches, error)
+                told = f"step {number + 1}: {error}; no weight was changed; {where}. {_data_of(rows, step_rows)}"
+                progress = _after_non_finite(settings, progress, number, told, folder, model, optimizer, say)
+                result = None
             now = time.perf_counter()
-            progress = Progress(
-                number + 1, progress.tokens + result.tokens, progress.trained_tokens + result.trained_tokens,
-                now - start,
-            )  # fmt: skip
-            record(
-                StepRecord(
-                    number + 1,
-                    round(epoch, 4),
-                    result.loss,
-                    result.grad_norm,
-                    schedule.rate(number),
-                    result.tokens,
-                    result.trained_tokens,
-                    result.tokens / (now - begun),
-                    resident_bytes(),
-                    round(progress.seconds, 3),
+            progress = replace(progress, step=number + 1, seconds=now - start)
+            if result is not None:
+                progress = replace(
+                    progress, tokens=progress.tokens + result.tokens,
+                    trained_tokens=progress.trained_tokens + result.trained_tokens,
+                )  # fmt: skip
+                record(
+                    StepRecord(
+                        number + 1,
+                        round(epoch, 4),
+                        result.loss,
+                        result.grad_norm,
+                        rate,
+                        result.tokens,
+                        result.trained_tokens,
+                        result.tokens / (now - begun),
+                        resident_bytes(),
+                        round(progress.seconds, 3),
+                    )
                 )
-            )
+                lately.append(result.loss)
+                usual = spikes.hear(result.loss)
+                if usual is not None:
+                    say(_spike_sentence(number + 1, result.loss, usual, model, rows, step_rows))
             # With states on disk steps are slow and memory is short: every time.
             if progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk":
                 give_back_free_memory()
             last = progress.step == steps
             if len(validation) and (last or _due(progress.step, settings.validate_every_steps)):
-                record(ValidationRecord(progress.step, validation_loss(model, validation, rows)))
+                loss = validation_loss(model, validation, rows)
+                record(ValidationRecord(progress.step, loss))
+                train_loss = math.fsum(lately) / len(lately) if lately else math.nan
+                if stopping_early.hear(progress.step, loss, train_loss) and settings.restore_best:
+                    saver.save_best(progress.step, loss)
+                rising = stopping_early.overfitting(loss, train_loss)
+                if rising is not None:
+                    say(f"warning: {rising}")
+                if stopping_early.is_over and not last:
+                    say(stopping_early.why())
+                    last = True
             saved = f"everything is saved. Go on with: fitune train {folder.config_file} --resume"
             if stopping and not last:
-                save()
+                saver.save(progress, must=True)
                 raise Interrupted(f"stopped after step {progress.step} of {steps}; {saved}")
             short = None if last else memory.look()
             if short is not None and short.must_stop:
-                save()
+                saver.save(progress, must=True)
                 raise MemoryShortError(f"stopped after step {progress.step} of {steps}: {short}; {saved}")
-            for sentence in (short, memory.over_budget()):
-                if sentence is not None:
-                    say(f"warning: {sentence}")
-            if last or _due(progress.step, settings.save_every_steps):
-                save()
+            for warning in (short, memory.over_budget()):
+                if warning is not None:
+                    say(f"warning: {warning}")
+            if last or _due(progress.step, settings.save_every_steps) or saver.is_due(progress.step):
+                saver.save(progress)
+            if last:
+                break
+    if settings.restore_best and (step := best_step(folder.best)) not in (None, progress.step):
+        take_best(folder.best, model)
+        say(f"the result is the model after step {step}, whose validation loss was the best")
     return progress
+
+
+def schedule_of(config: RunConfig, steps: int) -> Schedule:
+    """The run's learning rates."""
+    settings = config.train
+    return Schedule(
+        settings.schedule, learning_rate(config), steps, settings.warmup_share, settings.warmup_steps,
+        settings.final_rate_share, settings.schedule_power, settings.schedule_cycles,
+    )  # fmt: skip
+
+
+class _Saver:
+    """Writes checkpoints; a full disk ends no run that can go on: it is said, and tried again."""
+
+    def __init__(
+        self, folder: RunFolder, model: FusedModel, optimizer: torch.optim.Optimizer, identity: Mapping[str, str],
+        keep: int, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._folder, self._model, self._optimizer = folder, model, optimizer
+        self._identity, self._keep, self._say = identity, keep, say
+        self._again: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint that found no room is tried again now."""
+        return self._again is not None and step >= self._again
+
+    def save(self, progress: Progress, must: bool = False) -> None:
+        """A checkpoint. Raises DiskFullError where it `must` be written and finds no room."""
+        try:
+            save_checkpoint(
+                self._folder.checkpoints, self._model, self._optimizer, progress, self._identity, self._keep
+            )
+            self._again = None
+        except DiskFullError as error:
+            kept = list_checkpoints(self._folder.checkpoints)
+            newest = f"the newest checkpoint is {kept[-1].name}" if kept else "there is no checkpoint yet"
+            if must:
+                raise DiskFullError(f"{error}; {newest}") from error
+            self._again = progress.step + RETRY_STEPS
+            self._say(f"warning: {error}; {newest}. Training goes on, and tries again after step {self._again}")
+
+    def save_best(self, step: int, loss: float) -> None:
+        """The trained weights of the best validation so far."""
+        try:
+            save_best(self._folder.best, self._model, step, loss)
+        except DiskFullError as error:
+            self._say(f"warning: {error}; the best model so far is one of an earlier step")
+
+
+def _after_non_finite(
+    settings: TrainSettings, progress: Progress, number: int, told: str, folder: RunFolder, model: FusedModel,
+    optimizer: torch.optim.Optimizer, say: Callable[[str], None],
+) -> Progress:  # fmt: skip
+    """What the run file says is done after such a step. Raises FituneError where the run must stop."""
+    count = progress.non_finite + 1
+    if settings.on_non_finite == "stop" or count > settings.non_finite_limit:
+        why = "" if settings.on_non_finite == "stop" else f" ({settings.non_finite_limit} such steps are allowed)"
+        raise FituneError(f"{told} A lower train.learning_rate usually helps{why}")
+    if settings.on_non_finite == "skip":
+        say(f"warning: {told} The step is skipped")
+        return replace(progress, non_finite=count)
+    newest, damaged = newest_whole(folder.checkpoints)
+    for sentence in damaged:
+        say(f"{sentence}; it is not used")
+    back = "The weights stay: there is no checkpoint to go back to"
+    if newest is not None:
+        load_checkpoint(newest, model, optimizer)
+        back = f"The weights are those of {newest.name} again"
+    ratio = 0.5 * progress.rate_ratio
+    say(f"warning: {told} {back}; the learning rate is {ratio:g} of the schedule's from now on")
+    return replace(progress, non_finite=count, rate_ratio=ratio)
+
+
+def _data_of(rows: Rows, step_rows: Sequence[Row]) -> str:
+    where = sorted({str(rows.samples[index].origin) for row in step_rows for index in row.samples})[:8]
+    return f"The step's data began with: {', '.join(where)}."
+
+
+def _spike_sentence(
+    step: int, loss: float, usual: float, model: FusedModel, rows: Rows, step_rows: Sequence[Row]
+) -> str:
+    samples = [rows.samples[index] for row in step_rows for index in row.samples]
+    worst = ", ".join(f"{one.origin} ({one.loss:.2f})" for one in worst_samples(model, samples, rows.row_tokens))
+    return (
+        f"warning: the loss of step {step}, {loss:.3f}, stands out from {usual:.3f} before it. The samples with the "
+        f"highest loss in it: {worst}"
+    )
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _trim_metrics(folder: RunFolder, step: int) -> None:
-    """Drops the lines of steps that will be taken again."""
+def _trim_metrics(folder: RunFolder, step: int, stopping_early: EarlyStopping) -> None:
+    """Drops the lines of steps that will be taken again; those of validations that stay are heard once more."""
     if not folder.metrics_file.is_file():
         return
-    kept = [
-        line for line in folder.metrics_file.read_text().splitlines()
-        if line.strip().endswith("}") and json.loads(line)["step"] <= step
-    ]  # fmt: skip
+    lines = [line for line in folder.metrics_file.read_text().splitlines() if line.strip().endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    for entry in map(json.loads, kept):
+        if "validation_loss" in entry:
+            stopping_early.hear(entry["step"], entry["validation_loss"])
     write_text(folder.metrics_file, "".join(f"{line}\n" for line in kept))

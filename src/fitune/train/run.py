@@ -246,7 +246,7 @@ def train_run(
         losses: list[tuple[int, float]] = []
         validation: list[tuple[int, float]] = []
         records: list[StepRecord] = []
-        board = TensorBoardLog(folder.tensorboard)
+        board = TensorBoardLog(folder.tensorboard, say)
 
         def collect(record: StepRecord | ValidationRecord) -> None:
             if isinstance(record, StepRecord):

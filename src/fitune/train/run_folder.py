@@ -4,6 +4,7 @@ config.yaml    the run file that reproduces it         adapter/       the result
 plan.json      what was expected                       checkpoints/   step-000120/ ...
 metrics.jsonl  one line a step                         summary.json   what came out
 tensorboard/   the same as TensorBoard events          report.html    what came out, to look at
+best/          with train.restore_best: the trained weights of the best validation so far
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class RunFolder:
     adapter = property(lambda self: self.path / "adapter")
     weights = property(lambda self: self.path / "model")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    best = property(lambda self: self.path / "best")
 
     def lock(self) -> None:
         """Makes the folder if need be and keeps other processes out until `unlock` (or the process ends).

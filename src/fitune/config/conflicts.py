@@ -1,0 +1,144 @@
+"""Fields of a run file that are right one by one and cannot stand together, or would have no effect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fitune.config.schema import RunConfig
+
+
+class Conflict(NamedTuple):
+    """A field that cannot stand beside others: its name (`train.steps`), the others' names, what to do."""
+
+    field: str
+    beside: tuple[str, ...]
+    sentence: str
+
+
+class CombinationError(ValueError):
+    """Fields that are right one by one and cannot stand together."""
+
+    def __init__(self, conflicts: list[Conflict]) -> None:
+        self.conflicts = conflicts
+        super().__init__("; ".join(f"{conflict.field}: {conflict.sentence}" for conflict in conflicts))
+
+
+def conflicts(config: RunConfig) -> Iterator[Conflict]:
+    """Fields that contradict each other, or that would have no effect."""
+    data, train, evaluate = config.data, config.train, config.evaluate
+    if config.method == "full":
+        for name in sorted(config.lora.model_fields_set):
+            yield Conflict(
+                f"lora.{name}",
+                ("method",),
+                "method full has no adapter; remove this, or take method lora or qlora",
+            )
+        if train.compute == "int8":
+            yield Conflict(
+                "train.compute",
+                ("method",),
+                "int8 is for frozen weights, and method full has none; take auto, or method lora or qlora",
+            )
+    if train.resident_layers is not None and config.method not in ("qlora", "auto"):
+        yield Conflict(
+            "train.resident_layers",
+            ("method",),
+            "only weights in 4 bits are read from the disk as they are needed; remove this, or take method qlora",
+        )
+    if train.compute == "int8" and config.lora.dropout > 0:
+        yield Conflict(
+            "train.compute",
+            ("lora.dropout",),
+            "int8 does not cover dropout; take auto, or lora.dropout 0",
+        )
+    if train.steps is not None and "epochs" in train.model_fields_set:
+        yield Conflict("train.steps", ("train.epochs",), "given together with train.epochs; keep one of them")
+    if train.validate_every_steps is not None and data.validation is None:
+        yield Conflict(
+            "train.validate_every_steps",
+            ("data.validation",),
+            "there is nothing to validate on; give data.validation a file or a share such as 0.05",
+        )
+    fields = type(train).model_fields
+    for name, kind in (("schedule_power", "polynomial"), ("schedule_cycles", "cosine_restarts")):
+        if getattr(train, name) != fields[name].default and train.schedule != kind:
+            yield Conflict(
+                f"train.{name}", ("train.schedule",), f"has no effect on schedule {train.schedule}; it is of {kind}"
+            )
+    if train.schedule == "constant" and train.final_rate_share:
+        yield Conflict(
+            "train.final_rate_share", ("train.schedule",), "has no effect: the rate of schedule constant never falls"
+        )
+    if train.warmup_steps is not None and train.warmup_share != fields["warmup_share"].default:
+        yield Conflict(
+            "train.warmup_steps", ("train.warmup_share",), "given together with train.warmup_share; keep one of them"
+        )
+    if train.warmup_steps is not None and train.steps is not None and train.warmup_steps >= train.steps:
+        yield Conflict(
+            "train.warmup_steps",
+            ("train.steps",),
+            f"the run has {train.steps} steps, so the learning rate would never reach its peak; give fewer",
+        )
+    for name in ("early_stopping_patience", "restore_best"):
+        if getattr(train, name) and train.validate_every_steps is None:
+            yield Conflict(
+                f"train.{name}",
+                ("train.validate_every_steps",),
+                "needs validations on the way; set train.validate_every_steps, and data.validation",
+            )
+    if train.early_stopping_min_delta and train.early_stopping_patience is None and not train.restore_best:
+        yield Conflict(
+            "train.early_stopping_min_delta",
+            ("train.early_stopping_patience",),
+            "has no effect without train.early_stopping_patience or train.restore_best",
+        )
+    if train.on_non_finite == "stop" and train.non_finite_limit != fields["non_finite_limit"].default:
+        yield Conflict(
+            "train.non_finite_limit", ("train.on_non_finite",), "has no effect: such a step ends the run at once"
+        )
+    for number, source in enumerate(data.train):
+        if source.share is not None and source.weight != 1:
+            yield Conflict(
+                f"data.train[{number}].share",
+                (f"data.train[{number}].weight",),
+                "given together with a weight; keep one of them",
+            )
+    if data.replay is None and data.replay_share != type(data).model_fields["replay_share"].default:
+        yield Conflict("data.replay_share", ("data.replay",), "has no effect without data.replay; give it a file")
+    if isinstance(data.validation, str) and os.path.realpath(data.validation) in [
+        os.path.realpath(source.path) for source in data.train
+    ]:
+        yield Conflict(
+            "data.validation",
+            ("data.train",),
+            f"{data.validation} is training data too; give another file, or a share such as 0.05 to hold out",
+        )
+    if evaluate.task == "none":
+        for name in ("data", "database"):
+            if getattr(evaluate, name) is not None:
+                yield Conflict(
+                    f"evaluate.{name}",
+                    ("evaluate.task",),
+                    "has no effect with task none; set evaluate.task or remove this",
+                )
+    elif evaluate.data is None and data.validation is None:
+        yield Conflict(
+            "evaluate.task",
+            ("evaluate.data", "data.validation"),
+            f"{evaluate.task} needs questions; give evaluate.data a file, or set data.validation",
+        )
+    if evaluate.task == "sql" and evaluate.database is None:
+        yield Conflict(
+            "evaluate.task",
+            ("evaluate.database",),
+            "sql needs evaluate.database, the SQLite file the answers are run on",
+        )
+    if evaluate.task in ("text", "perplexity") and evaluate.database is not None:
+        yield Conflict(
+            "evaluate.database",
+            ("evaluate.task",),
+            f"only task sql runs on a database, not {evaluate.task}; remove this",
+        )

@@ -1,0 +1,62 @@
+"""Losses that stand out from those before them, and the samples that made them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fitune.data.collation import collate
+from fitune.data.encoding import EncodedSample
+from fitune.fuse.model import FusedModel
+
+# A step is held against so many before it, once there are LEAST of them: above so many of their standard deviations,
+# and above their mean by this share, it is a spike.
+WINDOW, LEAST = 64, 16
+DEVIATIONS, SHARE = 5.0, 0.5
+SHOWN = 3
+
+
+class SpikeWatch:
+    """Hears the loss of every step."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def hear(self, loss: float) -> float | None:
+        """The mean that this loss stands out from; None: it does not. A spike is not counted for those after it."""
+        if len(self._losses) >= LEAST:
+            mean = math.fsum(self._losses) / len(self._losses)
+            deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in self._losses) / len(self._losses))
+            if loss > mean + max(DEVIATIONS * deviation, SHARE * mean):
+                return mean
+        self._losses.append(loss)
+        return None
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """A sample's place in its file, and its mean loss over its trained tokens."""
+
+    origin: str
+    loss: float
+
+
+def worst_samples(model: FusedModel, samples: Sequence[EncodedSample], row_tokens: int) -> list[SampleLoss]:
+    """The samples of the highest loss, worst first, as the model is now; leaves it and its random state alone."""
+    was_training = model.graph.training
+    model.graph.eval()
+    found = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for sample in samples:
+            batch = collate([[sample]], row_tokens, 0)
+            if batch.trained_tokens:
+                logprobs, weights = model.logprobs(batch)
+                loss = -float((logprobs.double() * weights.double()).sum()) / float(weights.sum())
+                found.append(SampleLoss(str(sample.origin), loss))
+    model.graph.train(was_training)
+    found.sort(key=lambda one: -one.loss if math.isfinite(one.loss) else -math.inf)
+    return found[:SHOWN]
