@@ -44,6 +44,7 @@ def commented_fields() -> list[int]:
 @pytest.mark.parametrize("at", commented_fields())
 def test_every_commented_line_can_be_uncommented(folder: Path, at: int) -> None:
     """Alone, with what the field needs beside it: the file's examples and defaults cannot rot."""
+    (folder / "runs" / "first").mkdir(parents=True, exist_ok=True)
     lines = config.starter_file().splitlines()
     lines[at] = lines[at].replace("#", "", 1)
     beside = {

@@ -87,10 +87,11 @@ def load_adapter(
     layer: LayerFactory | None = None,
     trainable: bool = False,
     inner: Rename | None = None,
+    dropout: float | None = None,
 ) -> PeftModel:
     """`model` with the adapter that lies in `folder`, ours or another program's.
 
-    `identity`: of the model's source (`ModelSource.identity`).
+    `identity`: of the model's source (`ModelSource.identity`). `dropout`: in place of the adapter's own.
     `inner` gives modules back the names that they have in `model` (`ModelSource.graph_module`).
     Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base.
     """
@@ -106,12 +107,13 @@ def load_adapter(
             where=folder,
         )
     with under_graph_names(folder, inner) as place:
-        return _load(model, place, folder, layer, trainable)
+        return _load(model, place, folder, layer, trainable, dropout)
 
 
 def _load(
-    model: PreTrainedModel, place: Path, folder: Path, layer: LayerFactory | None, trainable: bool
-) -> PeftModel:
+    model: PreTrainedModel, place: Path, folder: Path, layer: LayerFactory | None, trainable: bool,
+    dropout: float | None,
+) -> PeftModel:  # fmt: skip
     """The adapter as it lies in `place`; problems are told of `folder`."""
     try:
         config = LoraConfig.from_pretrained(str(place))
@@ -119,6 +121,8 @@ def _load(
         raise InputError(
             f"adapter_config.json is not a LoRA adapter that PEFT reads: {error}", where=folder
         ) from error
+    if dropout is not None:
+        config.lora_dropout = dropout
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
     try:

@@ -52,13 +52,19 @@ def target_names(model: PreTrainedModel, head: str, targets: str | Sequence[str]
 
     Args:
         head: name of the output head, never part of "all-linear".
-        targets: "all-linear" (all but the head, the routers of mixtures and `refused_by_peft`), or names as in the
-            model ("q_proj", or longer ends of a full name).
+        targets: "all-linear" (all but the head, the routers of mixtures and `refused_by_peft`), of these "attention"
+            or "mlp" (the others), or names as in the model ("q_proj", or longer ends of a full name).
 
     Raises:
         InputError: for names that match no linear layer, with the names there are.
     """
     linears = [n for n, module in model.named_modules() if is_plain_linear(module) or isinstance(module, Conv1D)]
+    if targets in ("attention", "mlp"):
+        found = target_names(model, head, "all-linear")
+        chosen_ones = [name for name in found if _is_in_attention(model, name) == (targets == "attention")]
+        if not chosen_ones:
+            raise InputError(f"this model has no linear layers of {targets}", where="lora.targets")
+        return chosen_ones
     if targets == "all-linear":
         left = {head, *router_names(model)}
         wanted = [name for name in linears if name not in left]
@@ -78,3 +84,10 @@ def target_names(model: PreTrainedModel, head: str, targets: str | Sequence[str]
     if problems:
         raise InputError(problems, where="lora.targets")
     return list(chosen)
+
+
+def _is_in_attention(model: PreTrainedModel, name: str) -> bool:
+    """Whether a layer is a part of a module of attention, by the classes of the modules that it is in."""
+    parts = name.split(".")[:-1]
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any("attention" in type(model.get_submodule(one)).__name__.lower() for one in around)

@@ -42,6 +42,8 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
                 ("method",),
                 "int8 is for frozen weights, and method full has none; take auto, or method lora or qlora",
             )
+    if config.method == "auto" and config.lora.start_from is not None:
+        yield Conflict("lora.start_from", ("method",), "say which base it is for: method lora or qlora")
     if train.resident_layers is not None and config.method not in ("qlora", "auto"):
         yield Conflict(
             "train.resident_layers",

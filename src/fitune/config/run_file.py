@@ -29,6 +29,7 @@ from fitune.config.schema import (
     DataFile,
     DataSource,
     InputFile,
+    InputFolder,
     ModelReference,
     OutputFolder,
     RunConfig,
@@ -215,6 +216,8 @@ class _Reader:
             return text if text.startswith(HUB) else str(self.resolved(node, text))
         if option.marked(InputFile):
             return self.file(node, text, where)
+        if option.marked(InputFolder):
+            return self.input_folder(node, text, where)
         if option.marked(OutputFolder):
             return str(self.resolved(node, text))
         if option.marked(ModelReference):
@@ -246,6 +249,13 @@ class _Reader:
         except OSError as error:
             found = f"cannot be read: {error.strerror}"
         self.tell(node, where, f"{text}: {found}")
+        return str(path)
+
+    def input_folder(self, node: Node, text: str, where: str) -> str:
+        path = self.resolved(node, text)
+        if not path.is_dir():
+            found = "is a file; name the folder it is in" if path.exists() else f"no such folder (looked for {path})"
+            self.tell(node, where, f"{text}: {found}")
         return str(path)
 
     def model(self, node: Node, text: str, where: str) -> str:

@@ -27,6 +27,11 @@ class DataFile(InputFile):
 
 
 @dataclass(frozen=True)
+class InputFolder:
+    """Marks a path that must name an existing folder."""
+
+
+@dataclass(frozen=True)
 class OutputFolder:
     """Marks a path that will be written."""
 
@@ -176,10 +181,26 @@ class LoraSettings(Section):
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Share of the adapter's inputs that is zeroed in training"
     )
-    targets: Annotated[Literal["all-linear"] | tuple[Text, ...], BeforeValidator(_as_tuple)] = Field(
-        default="all-linear",
-        description="Modules to adapt: all-linear (every linear layer of the decoder) or a list of names",
-        examples=[["q_proj", "v_proj"]],
+    targets: Annotated[Literal["all-linear", "attention", "mlp"] | tuple[Text, ...], BeforeValidator(_as_tuple)] = (
+        Field(
+            default="all-linear",
+            description="Modules to adapt: all-linear (every linear layer of the decoder), those of attention, those "
+            "between (mlp), or a list of names",
+            examples=[["q_proj", "v_proj"]],
+        )
+    )
+    b_rate_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="The adapter's B learns at so many times the learning rate (LoRA+); without it at the same",
+        examples=[16.0],
+    )
+    start_from: Annotated[Text, InputFolder()] | None = Field(
+        default=None,
+        description="An adapter to go on from, of this or another program: a folder as PEFT writes it, or a run's; "
+        "rank, alpha, targets and rslora are the adapter's",
+        examples=["runs/first"],
     )
     rslora: bool = Field(
         default=False,

@@ -16,13 +16,14 @@ from fitune.step.paged_optimizer import PagedOptimizer
 
 
 def make_optimizer(
-    name: str, parameters: Sequence[nn.Parameter], betas: tuple[float, float], weight_decay: float, backend: str,
-    disk: Path | None = None,
+    name: str, parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], betas: tuple[float, float],
+    weight_decay: float, backend: str, disk: Path | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """`adamw` (torch's, 8 bytes of state a parameter) or `adamw8bit` (2 bytes; by the kernels of `backend`).
 
-    The learning rate is set by every step. `disk`: a folder, for states and gradients in a file there and not in
-    memory, to the same bits; raises DiskFullError where it has no room for them.
+    `parameters`: or groups of them, as `parameter_groups` makes. The learning rate is set by every step. `disk`: a
+    folder, for states and gradients in a file there and not in memory, to the same bits; raises DiskFullError where
+    it has no room for them.
     """
     if disk is not None and name in FRESH:
         inner = make_optimizer(name, [nn.Parameter(torch.empty(0))], betas, weight_decay, backend)

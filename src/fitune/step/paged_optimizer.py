@@ -38,12 +38,13 @@ class PagedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, inner: torch.optim.Optimizer, fresh: Fresh, parameters: Sequence[nn.Parameter], folder: Path
-    ) -> None:
+        self, inner: torch.optim.Optimizer, fresh: Fresh,
+        parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], folder: Path,
+    ) -> None:  # fmt: skip
         super().__init__(parameters, dict(inner.defaults))
         self._inner = inner
         self._fresh = fresh
-        self._parameters = list(parameters)
+        self._parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self._file = PagedFile(folder, paged_bytes(fresh, self._parameters))
         self.gradients = PagedGradients(self._parameters, self._file)
 
@@ -52,12 +53,13 @@ class PagedOptimizer(torch.optim.Optimizer):
         """Changes every parameter that has a gradient."""
         assert closure is None
         (inner,) = self._inner.param_groups
-        inner["lr"] = self.param_groups[0]["lr"]
         # In this order: the backward pass made the first ones' gradients last, so they are still in the page cache.
-        for parameter in self._parameters:
-            if self.gradients.has(parameter):
-                for start in range(0, parameter.numel(), SLICE):
-                    self._step_slice(parameter, start, min(start + SLICE, parameter.numel()), inner)
+        for group in self.param_groups:
+            inner.update({name: value for name, value in group.items() if name != "params"})
+            for parameter in group["params"]:
+                if self.gradients.has(parameter):
+                    for start in range(0, parameter.numel(), SLICE):
+                        self._step_slice(parameter, start, min(start + SLICE, parameter.numel()), inner)
         inner["params"] = []
 
     def fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import rooms
 from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.optimizer import close, make_optimizer
+from fitune.step.parameter_groups import parameter_groups
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
 from fitune.train.best_weights import best_step, save_best, take_best
@@ -213,7 +214,9 @@ def run_loop(
     """
     settings = config.train
     optimizer = make_optimizer(
-        settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend,
+        settings.optimizer,
+        parameter_groups(model.graph.named_parameters(), settings.weight_decay, config.lora.b_rate_ratio),
+        settings.betas, settings.weight_decay, model.backend,
         folder.path if settings.optimizer_states == "disk" else None,
     )  # fmt: skip
     try:

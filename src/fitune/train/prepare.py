@@ -22,6 +22,7 @@ from fitune.models.streaming import stream_layers
 from fitune.plan.computation import Computation
 from fitune.process_memory import give_back_free_memory
 from fitune.train.embedding_noise import add_embedding_noise
+from fitune.train.run_folder import find_adapter
 
 
 def build_for_training(
@@ -45,11 +46,17 @@ def build_for_training(
         graph.name_or_path = source.reference
         if config.lora.targets == "all-linear":
             left = left_without_adapter(graph, head_name(graph))
-        adapted = inject(
-            graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
-            targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
-            layer=fused_lora_layer,
-        )  # fmt: skip
+        if config.lora.start_from is not None:
+            adapted = load_adapter(
+                graph, find_adapter(Path(config.lora.start_from)), source.identity(), fused_lora_layer,
+                trainable=True, inner=source.graph_module, dropout=config.lora.dropout,
+            )  # fmt: skip
+        else:
+            adapted = inject(
+                graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
+                targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
+                layer=fused_lora_layer,
+            )  # fmt: skip
     resident = config.train.resident_layers
     stream = None if resident is None else stream_layers(graph, resident)
     model = prepare(graph, adapted, dtype, backend)

@@ -7,17 +7,18 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from transformers import PreTrainedModel
 
 from fitune.adapters.lora import adapter_digest, save_adapter
+from fitune.adapters.started_from import settings_of
 from fitune.atomic import write_text
 from fitune.config import dump
-from fitune.config.schema import RunConfig
+from fitune.config.schema import LoraSettings, RunConfig
 from fitune.data.dataset import TrainingData, load_training_data
 from fitune.data.encoded_file import Watch
 from fitune.data.order import ORDER_VERSION
@@ -28,7 +29,7 @@ from fitune.fuse.model import FusedModel
 from fitune.fuse.replace import FusionReport
 from fitune.hardware import Hardware, detect, disk_free_bytes, lies_in_memory
 from fitune.models.find import find_model
-from fitune.models.graph import build_graph
+from fitune.models.graph import build_graph, head_name
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress as StoreProgress
 from fitune.plan.budget import is_wanted, plan_within
@@ -47,7 +48,7 @@ from fitune.train.loop import (
     run_loop,
 )
 from fitune.train.prepare import build_for_training
-from fitune.train.run_folder import RunFolder
+from fitune.train.run_folder import RunFolder, find_adapter
 from fitune.train.tensorboard_log import TensorBoardLog
 from fitune.train.trained_model import read_run_config
 from fitune.train.weights import save_weights
@@ -121,9 +122,11 @@ def prepare_run(
         raise InputError(
             f"{config.data.max_tokens} is more than the {limit} positions of {config.model}", where="data.max_tokens"
         )
+    graph = build_graph(source.config, computation.dtype)
+    config = _with_its_adapter(config, source, graph)
     data = load_training_data(config.data, tokenizer, config.seed, watch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    unpacked = obstacle(build_graph(source.config, computation.dtype)) if config.data.pack else None
+    unpacked = obstacle(graph) if config.data.pack else None
     pack = config.data.pack and unpacked is None
     rows = Rows(
         data.train, _row_tokens(config, data, pack), config.train.micro_batch, config.train.accumulation,
@@ -132,6 +135,26 @@ def prepare_run(
     workload = _workload(config, rows)
     prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
     return _fitted(prepared, with_time) if choose and is_wanted(config) else prepared
+
+
+def _with_its_adapter(config: RunConfig, source: ModelSource, graph: PreTrainedModel) -> RunConfig:
+    """The run's settings of the adapter that it goes on from, where it does.
+
+    Raises InputError where they are given and others, or the adapter cannot be gone on with.
+    """
+    if config.lora.start_from is None:
+        return config
+    folder = find_adapter(Path(config.lora.start_from))
+    found = asdict(settings_of(folder, graph, head_name(graph), source.graph_module))
+    given = {name: getattr(config.lora, name) for name in found}
+    wrong = [
+        f"lora.{name} is {given[name]}, but the adapter's is {value}; leave it out, or give the same"
+        for name, value in found.items()
+        if given[name] not in (value, LoraSettings.model_fields[name].default)
+    ]
+    if wrong:
+        raise InputError(wrong, where=folder)
+    return config.model_copy(update={"lora": config.lora.model_copy(update=found)})
 
 
 def _fitted(prepared: Prepared, with_time: bool) -> Prepared:
@@ -188,7 +211,7 @@ def _workload(config: RunConfig, rows: Rows) -> Workload:
 def _row_tokens(config: RunConfig, data: TrainingData, pack: bool) -> int:
     """Rows are as long as asked for, but no longer than all the data together, or (unpacked) the longest sample."""
     lengths = data.train.lengths
-    return min(config.data.max_tokens, int(lengths.sum(dtype=np.int64) if pack else lengths.max()))
+    return min(config.data.max_tokens, int(lengths.sum(dtype="int64") if pack else lengths.max()))
 
 
 def plan_run(prepared: Prepared, with_time: bool = True) -> Plan:
@@ -327,7 +350,10 @@ def _identity(prepared: Prepared) -> dict[str, str]:
     train = prepared.config.train.model_copy(update=_FREE_TO_CHANGE)
     config = prepared.config.model_copy(update={"output": None, "memory": None, "train": train})
     computation = prepared.computation
+    start = prepared.config.lora.start_from
+    started = {} if start is None else {"adapter it started from": _file_digest(find_adapter(Path(start)))}
     return {
+        **started,
         "config": hashlib.sha256(dump(config).encode()).hexdigest(),
         "data": f"{prepared.data.train.digest()} {prepared.data.validation.digest()}",
         "order of rows": str(ORDER_VERSION),
@@ -335,6 +361,11 @@ def _identity(prepared: Prepared) -> dict[str, str]:
         + (" int8" if computation.trains_in_int8 else ""),
         "model": prepared.source.identity(),
     }
+
+
+def _file_digest(folder: Path) -> str:
+    with open(folder / "adapter_model.safetensors", "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _resume_point(
