@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from fitune import __version__
-from fitune.cli import chat, data, doctor, evaluate, init, merge, models, plan, quickstart, train
+from fitune.cli import chat, data, doctor, evaluate, init, merge, models, plan, quickstart, runs, train
 from fitune.errors import FituneError
 from fitune.process_memory import ask_for_huge_pages
 
@@ -38,6 +38,7 @@ app.command("init")(init.command)
 app.add_typer(data.group, name="data")
 app.command("plan")(plan.command)
 app.command("train")(train.command)
+app.add_typer(runs.group, name="runs")
 app.command("evaluate")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("merge")(merge.command)

@@ -71,6 +71,7 @@ def command(
 
         scores = compare_with_base(outcome.model, prepared.source, config, samples, answering)
         facts["evaluation"] = scores_json(*scores)
+        folder.write_json(folder.evaluation_file, facts["evaluation"])
     _write_report(folder, scores)
     if as_json:
         print_json(facts)

@@ -4,6 +4,7 @@ config.yaml    the run file that reproduces it         adapter/       the result
 plan.json      what was expected                       checkpoints/   step-000120/ ...
 metrics.jsonl  one line a step                         summary.json   what came out
 tensorboard/   the same as TensorBoard events          report.html    what came out, to look at
+evaluation.json  the scores, where the run is judged
 best/          with train.restore_best: the trained weights of the best validation so far
 """
 
@@ -29,6 +30,7 @@ class RunFolder:
     plan_file = property(lambda self: self.path / "plan.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     summary_file = property(lambda self: self.path / "summary.json")
+    evaluation_file = property(lambda self: self.path / "evaluation.json")
     report_file = property(lambda self: self.path / "report.html")
     tensorboard = property(lambda self: self.path / "tensorboard")
     adapter = property(lambda self: self.path / "adapter")
