@@ -96,3 +96,14 @@ def test_prefixes_end_before_what_is_trained_and_are_long_enough() -> None:
     assert find_prefixes([early, late]).group == (-1, -1)  # 2 tokens would be too few
     both = find_prefixes([late, EncodedSample((*long, 97), late.trained)])
     assert (both.group, both.tokens) == ((0, 0), (39,))
+
+
+def test_padding_that_is_the_end_token_takes_nothing_away() -> None:
+    end = 2
+    sample = EncodedSample((5, 6, end, 7, 8, end), (False, True, True, False, True, True))
+    batch = collate([[sample]], 64, pad_id=end)
+    trained = batch.tokens[0][batch.weights[0] > 0].tolist()
+    assert trained == [6, end, 8, end]
+    assert batch.tokens.shape[1] > len(sample)
+    other = collate([[sample]], 64, pad_id=0)
+    assert (batch.weights == other.weights).all()

@@ -64,6 +64,25 @@ def test_its_data_can_be_trained_on(folder: Path, example: Path) -> None:
     assert data.report.end_token_share == 1.0 or data.report.cut
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_it_trains(folder: Path, example: Path) -> None:
+    """Three steps, and for translation the scores of base and tuned on a test set; data as it is on the page."""
+    run = folder / example.name
+    shutil.copy(example, run)
+    short = ["train.epochs=1"] if "steps" in example.read_text(encoding="utf-8") else []
+    code = cli.run(["train", str(run), f"output={folder / 'run'}", "train.steps=3", *short])
+    assert code == 0
+    losses = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in entry for entry in losses) == 3
+    assert any("validation_loss" in entry for entry in losses)
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    if "evaluate:" in example.read_text(encoding="utf-8"):
+        scores = json.loads((folder / "run" / "evaluation.json").read_text())
+        assert scores["samples"] == LINES
+        assert {"base", "tuned"} <= set(scores)
+
+
 def test_the_page_and_the_folder_agree() -> None:
     headings = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").count("\n## ")
     assert len(EXAMPLES) == headings == 4

@@ -37,6 +37,7 @@ def command(
         )
     from fitune.cli.encoding_view import encoding
     from fitune.cli.plan_page import fits_sentence, print_plan
+    from fitune.config.cautions import cautions
     from fitune.train.comparing import check_evaluation, compare_with_base
     from fitune.train.progress_view import TrainingView
     from fitune.train.run import default_folder, plan_run, prepare_run, resumed, train_run
@@ -48,7 +49,7 @@ def command(
         prepared = prepare_run(config, choose=not resume, watch=watch)
     config = prepared.config
     folder = RunFolder(Path(config.output) if config.output else default_folder(config))
-    warnings = prepared.source.warnings()
+    warnings = [*prepared.source.warnings(), *cautions(config)]
     print_warnings(warnings)
     judged = config.evaluate.task != "none"
     samples = check_evaluation(config, prepared.source) if judged else []
