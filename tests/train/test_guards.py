@@ -264,3 +264,48 @@ def test_what_would_have_no_effect_is_refused(place: Path, wrong: list[str], tol
     field, _, words = told.partition(": ")
     assert f"override {wrong[0]}: {words}" in str(refused.value)
     assert wrong[0].startswith(field)
+
+
+def test_what_changed_is_shown_and_refused_unless_told(place: Path, tmp_path: Path) -> None:
+    from fitune.train.run import plan_run, prepare_run, train_run
+    from fitune.train.run_folder import RunFolder
+
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(config_of(place), folder, watch=stop_after(3))
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join((place / "train.jsonl").read_text().splitlines()[:-1]))
+    other = config_of(place, "train.learning_rate=0.02", "lora.dropout=0.1", f"data.train={fewer}")
+    with pytest.raises(InputError) as refused:
+        run(other, folder, resume=True)
+    told = str(refused.value)
+    for words in (
+        "train.learning_rate was 0.01 and is 0.02",
+        "lora.dropout was 0.0 and is 0.1",
+        "fewer.jsonl",
+        "the data changed: other samples than before",
+        "step-000003",
+        "--force",
+    ):
+        assert words in told
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")][-1] == "step-000003"
+    said: list[str] = []
+    prepared = prepare_run(other)
+    done = train_run(
+        prepared, plan_run(prepared, with_time=False), RunFolder(folder), resume=True, say=said.append, force=True
+    )
+    assert [step for step, _ in done.losses] == [4, 5, 6]
+    assert any("train.learning_rate was 0.01 and is 0.02; going on all the same" in line for line in said)
+    # A value that changes no bit may change without a word.
+    assert run(config_of(place, "train.keep_checkpoints=5"), tmp_path / "free").digest
+
+
+def test_another_shape_is_refused_even_then(place: Path, tmp_path: Path) -> None:
+    from fitune.train.run import plan_run, prepare_run, train_run
+    from fitune.train.run_folder import RunFolder
+
+    with pytest.raises(Interrupted):
+        run(config_of(place), tmp_path / "run", watch=stop_after(3))
+    prepared = prepare_run(config_of(place, "lora.rank=3"))
+    with pytest.raises(FituneError, match="checkpoint tensor"):
+        train_run(prepared, plan_run(prepared, with_time=False), RunFolder(tmp_path / "run"), resume=True, force=True)

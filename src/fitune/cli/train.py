@@ -20,7 +20,9 @@ def command(
         list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings instead of the file's.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train although the plan does not fit, or go on although the run changed.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Train a model: show the data and the plan, train, and say what came out."""
@@ -64,7 +66,7 @@ def command(
             if not force:
                 raise InputError(f"{fits_sentence(plan)}; --force trains all the same", where=path)
             view.say(f"warning: {fits_sentence(plan)}; training all the same, as --force says")
-        outcome = train_run(prepared, plan, folder, resume, view, view.quantising, view.say)
+        outcome = train_run(prepared, plan, folder, resume, view, view.quantising, view.say, force=force)
     facts = _facts(outcome) | {"warnings": warnings}
     scores: tuple[TaskEvaluation | None, TaskEvaluation] | None = None
     if judged:

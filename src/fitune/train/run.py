@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import time
@@ -21,7 +20,6 @@ from fitune.config import dump
 from fitune.config.schema import LoraSettings, RunConfig
 from fitune.data.dataset import TrainingData, load_training_data
 from fitune.data.encoded_file import Watch
-from fitune.data.order import ORDER_VERSION
 from fitune.data.token_table import lengths_of
 from fitune.errors import DiskFullError, InputError
 from fitune.fuse.attention import obstacle
@@ -37,7 +35,6 @@ from fitune.plan.computation import Computation, choose_computation
 from fitune.plan.levers import CHOSEN
 from fitune.plan.planner import Plan, Workload, make_plan
 from fitune.process_memory import peak_bytes
-from fitune.train.checkpoint import list_checkpoints, newest_whole, read_identity
 from fitune.train.loop import (
     Rows,
     StepRecord,
@@ -48,16 +45,12 @@ from fitune.train.loop import (
     run_loop,
 )
 from fitune.train.prepare import build_for_training
+from fitune.train.resuming import identity_of, refuse_another_run, resume_point
 from fitune.train.run_folder import RunFolder, find_adapter
 from fitune.train.tensorboard_log import TensorBoardLog
 from fitune.train.trained_model import read_run_config
 from fitune.train.weights import save_weights
 
-# What a resumed run may do otherwise: it changes no bit of what is trained.
-_FREE_TO_CHANGE = {
-    "save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None, "resident_layers": None,
-    "optimizer_states": "memory",
-}  # fmt: skip
 # Of more data a part is counted for the plan, which tells as much.
 COUNTED_TOKENS = 1 << 24
 PACKAGES = ("fitune", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
@@ -234,20 +227,22 @@ def default_folder(config: RunConfig) -> Path:
 def train_run(
     prepared: Prepared, plan: Plan, folder: RunFolder, resume: bool = False, watch: Watcher | None = None,
     store_progress: StoreProgress | None = None, say: Callable[[str], None] = lambda line: None,
-    before: Callable[[FusedModel], None] | None = None,
+    before: Callable[[FusedModel], None] | None = None, force: bool = False,
 ) -> Outcome:  # fmt: skip
     """Trains a prepared run in `folder` and saves what came out.
 
     `say` gets one line for whatever the user should know; `before` sees the model before its first step. With
-    `resume` the run goes on from its newest whole checkpoint.
+    `resume` the run goes on from its newest whole checkpoint, and with `force` although something of it changed.
 
     Raises InputError where the folder already holds a run that is not to be resumed, or another run.
     """
     config = prepared.config
     folder.lock()
     try:
-        identity = _identity(prepared)
-        start_from = _resume_point(folder, identity, resume, say)
+        identity = identity_of(config, prepared)
+        start_from = resume_point(folder, identity, config, say, force) if resume else None
+        if not resume:
+            refuse_another_run(folder)
         write_text(folder.config_file, dump(config.model_copy(update={"output": str(folder.path)})))
         folder.write_json(folder.plan_file, plan.as_dict())
         _check_disk(plan, folder, say)
@@ -343,52 +338,3 @@ def machine(hardware: Hardware) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
     }
-
-
-def _identity(prepared: Prepared) -> dict[str, str]:
-    """What must be the same for a checkpoint to be gone on from."""
-    train = prepared.config.train.model_copy(update=_FREE_TO_CHANGE)
-    config = prepared.config.model_copy(update={"output": None, "memory": None, "train": train})
-    computation = prepared.computation
-    start = prepared.config.lora.start_from
-    started = {} if start is None else {"adapter it started from": _file_digest(find_adapter(Path(start)))}
-    return {
-        **started,
-        "config": hashlib.sha256(dump(config).encode()).hexdigest(),
-        "data": f"{prepared.data.train.digest()} {prepared.data.validation.digest()}",
-        "order of rows": str(ORDER_VERSION),
-        "computation": f"{computation.dtype} {computation.backend} {computation.threads} threads"
-        + (" int8" if computation.trains_in_int8 else ""),
-        "model": prepared.source.identity(),
-    }
-
-
-def _file_digest(folder: Path) -> str:
-    with open(folder / "adapter_model.safetensors", "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _resume_point(
-    folder: RunFolder, identity: dict[str, str], resume: bool, say: Callable[[str], None]
-) -> Path | None:
-    if not resume:
-        if list_checkpoints(folder.checkpoints) or folder.summary_file.exists():
-            raise InputError(
-                "holds a run already; give another folder, or go on with that run: --resume", where=folder.path
-            )
-        return None
-    found, damaged = newest_whole(folder.checkpoints)
-    for sentence in damaged:
-        say(f"{sentence}; it is not used")
-    if found is None:
-        raise InputError("there is no checkpoint to go on from", where=folder.path)
-    before = read_identity(found)
-    changed = [name for name in identity if before.get(name) != identity[name]]
-    if changed:
-        raise InputError(
-            f"the {' and the '.join(changed)} changed since {found.name} was saved; "
-            "a resumed run must be the same run",
-            where=folder.path,
-        )
-    say(f"going on from {found.name}")
-    return found

@@ -13,6 +13,7 @@ import yaml
 
 from fitune.errors import InputError
 from fitune.train.checkpoint import list_checkpoints
+from fitune.train.resuming import flat
 from fitune.train.run_folder import RunFolder
 
 # What two runs are compared by; a machine, its versions and its data are in the summary, which a run has at its end.
@@ -93,33 +94,22 @@ def read_run(path: Path) -> RunFacts:
 def differences(one: RunFacts, other: RunFacts) -> dict[str, dict[str, tuple[Any, Any]]]:
     """What differs between two runs: of "settings", "data", "machine" and "results", (value of one, of the other)."""
     sides = (one, other)
-    settings = _differing(*(_flat({**side.config, "output": None}) for side in sides))
+    settings = _differing(*(flat({**side.config, "output": None}) for side in sides))
     data = _differing(*(_files(side) for side in sides))
-    machine = _differing(*(_flat(side.summary.get("machine", {})) for side in sides))
+    machine = _differing(*(flat(side.summary.get("machine", {})) for side in sides))
     results = _differing(*(_results(side) for side in sides))
     return {"settings": settings, "data": data, "machine": machine, "results": results}
 
 
 def _results(run: RunFacts) -> dict[str, Any]:
     summary = {name: run.summary.get(name) for name in _RESULTS}
-    return {"state": run.state, **summary, "last_loss": run.loss, **_flat(run.evaluation, "evaluation.")}
+    return {"state": run.state, **summary, "last_loss": run.loss, **flat(run.evaluation, "evaluation.")}
 
 
 def _files(run: RunFacts) -> dict[str, Any]:
     report = run.summary.get("data", {})
     facts: dict[str, Any] = {f"{file['path']}": file["samples"] for file in report.get("files", [])}
     return facts | {name: report.get(name) for name in ("tokens", "trained_tokens", "train_samples") if report}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with names joined by dots."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
