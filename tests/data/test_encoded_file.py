@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,31 @@ def test_a_process_that_is_killed_is_told_of(shared_data: Path, smollm2_tokenize
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(FituneError, match="one of the 2 processes that tokenise was ended from outside"):
         list(chunks)
+
+
+ENCODING = """
+import sys
+from fitune.data import read_samples
+from fitune.data.encoding_pool import EncodingSettings, encode_samples
+from fitune.models.find import find_model
+
+samples = read_samples(sys.argv[1]) * 1000
+for number, _ in enumerate(encode_samples(samples, find_model("bundled").tokenizer(),
+                                          EncodingSettings(64, "cut", "assistant", None), processes=2)):
+    if number == 1:
+        import multiprocessing
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(shared_data: Path) -> None:
+    file = shared_data / "llamafactory_demo" / "alpaca_en_demo.json"
+    with subprocess.Popen([sys.executable, "-c", ENCODING, str(file)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        children = [int(word) for word in parent.stdout.readline().split()]
+        assert len(children) == 2
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in children if Path(f"/proc/{pid}/cmdline").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Smaller files are read in seconds, and their tokens kept in memory.
-KEPT_FROM_BYTES = 16_000_000
+KEPT_FROM_BYTES = 8_000_000
 # Of tokens, for each byte of text: 4 for each token of English, which has about 4 letters, as much again for other
 # scripts, and the columns beside. Of compressed text nobody knows.
 _DISK_SHARE = 2.0

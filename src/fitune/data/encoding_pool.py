@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -94,7 +97,15 @@ _IN_PROCESS: list[tuple[PreTrainedTokenizerBase, EncodingSettings]] = []
 def _begin(tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _IN_PROCESS[:] = [(tokenizer, settings)]
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _encode(chunk: list[Sample]) -> Chunk:
