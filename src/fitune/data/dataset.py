@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fitune.data import encoded_file
 from fitune.data.conversation import Sample
-from fitune.data.encoded_file import EncodedFile, Wanted, Watch, check_file, encode_file
+from fitune.data.encoded_file import EncodedFile, Wanted, Watch, bytes_of, check_file, encode_file
 from fitune.data.encoding import Encoder, TrainOn, encoder_for
 from fitune.data.encoding_pool import EncodingSettings
 from fitune.data.formats import FORMATS, TRAINABLE
@@ -140,8 +141,8 @@ def examine_data(
     of_source = np.array([number for number, _ in read], dtype=np.int64)
     tables = [file.table for _, file in read]
     everything = Samples(tables)
-    is_train = of_source[everything.table_of()] < len(sources)
-    kept, held_out = everything[: int(is_train.sum())], everything[int(is_train.sum()) :]
+    count = sum(len(file.table) for number, file in read if number < len(sources))
+    kept, held_out = everything[:count], everything[count:]
     tally, checked = Tally(), Tally()
     for number, file in read:
         (tally if number < len(sources) else checked).add(file.tally)
@@ -149,13 +150,13 @@ def examine_data(
     problems = _problems([file for number, file in read if number < len(sources)])
     refusals += _refused(tally, kept, problems, data)
     groups, first = groups_of(everything.keys())
-    repeats = np.flatnonzero(first[groups[: len(kept)]] != np.arange(len(kept)))
+    repeats = np.flatnonzero(first[groups[:count]] != np.arange(count))
     problems += [
         problem_at(kept.origin(place), f"the same sample as {kept.origin(int(first[groups[place]]))}")
         for place in repeats[:KEPT_NOTES].tolist()
     ]
     leaked = np.zeros(0, dtype=np.int64)
-    chosen = np.arange(len(kept))
+    train = kept
     if validation_path is not None:
         own = _problems([file for number, file in read if number >= len(sources)])
         refusals += _refused(checked, held_out, own, data, "validation")
@@ -168,8 +169,8 @@ def examine_data(
     elif isinstance(data.validation, float) and not refusals:
         documents = of_documents(groups, kept.table_of(), kept.numbers())
         chosen, places = split_share(documents, data.validation, seed)
-        held_out = kept.take(places)
-    train = kept.take(chosen)
+        train, held_out = kept.take(chosen), kept.take(places)
+    del groups, first
     try:
         sets = of_source[train.table_of()]
         train = train.take(repeated(sets, _weights(sources, sets, data.mix_temperature), seed))
@@ -189,7 +190,7 @@ def examine_data(
         ),
         samples=tally.samples,
         tokens=int(kept.lengths.sum(dtype=np.int64)),
-        trained_tokens=int(kept.trained.sum(dtype=np.int64)),
+        trained_tokens=kept.trained_tokens(),
         train_samples=len(train),
         validation_samples=len(held_out),
         cut=tally.cut,
@@ -326,13 +327,15 @@ def _encode(
     """Every file, with the number of its source; raises InputError for all that cannot be read, together."""
     read: list[tuple[int, EncodedFile]] = []
     errors: list[InputError] = []
+    # Many small files may be more than memory holds, too.
+    is_much = sum(bytes_of(Path(file.path)) for files in wanted for file in files) >= encoded_file.KEPT_FROM_BYTES
     for number, files in enumerate(wanted):
         for file in files:
             try:
                 if errors:  # nothing will come of it: what else is wrong is all there is to find
                     check_file(file)
                 else:
-                    read.append((number, encode_file(file, tokenizer, how, watch)))
+                    read.append((number, encode_file(file, tokenizer, how, watch, is_much)))
             except InputError as error:
                 errors.append(error)
     if len(errors) == 1:

@@ -30,6 +30,8 @@ KEPT_FROM_BYTES = 8_000_000
 # Of tokens, for each byte of text: 4 for each token of English, which has about 4 letters, as much again for other
 # scripts, and the columns beside. Of compressed text nobody knows.
 _DISK_SHARE = 2.0
+# Below, one process is done before others have begun.
+_SHARED_FROM_BYTES = 1_000_000
 _HEAD = "table.json"
 _DEPENDENCIES = ("tokenizers", "transformers", "jinja2")
 
@@ -72,16 +74,19 @@ class EncodedFile:
 
 
 def encode_file(
-    wanted: Wanted, tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings, watch: Watch | None = None
-) -> EncodedFile:
+    wanted: Wanted, tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings, watch: Watch | None = None,
+    is_kept: bool | None = None,
+) -> EncodedFile:  # fmt: skip
     """Reads and encodes a file, or finds what an earlier run kept of it.
+
+    `is_kept`: whether its tokens are to be kept on disk; None: where the file is large.
 
     Raises:
         InputError: the file cannot be read, or records of it do not fit its format.
         DiskFullError: the tokens of a large file find no room.
     """
-    size = _bytes_of(Path(wanted.path))
-    if size < KEPT_FROM_BYTES:
+    size = bytes_of(Path(wanted.path))
+    if not (size >= KEPT_FROM_BYTES if is_kept is None else is_kept and size):
         writer = TableWriter()
         reader, tally = _encode_into(writer, wanted, tokenizer, settings, 1, watch)
         unit = reader.problems.unit
@@ -94,7 +99,7 @@ def encode_file(
             _check_room(folder, size)
             with new_folder(folder) as beside:
                 writer = TableWriter(beside)
-                threads = detect(with_accelerators=False).threads
+                threads = detect(with_accelerators=False).threads if size >= _SHARED_FROM_BYTES else 1
                 try:
                     reader, tally = _encode_into(writer, wanted, tokenizer, settings, threads, watch)
                 finally:
@@ -137,7 +142,7 @@ def _while_sound(reader: SampleReader) -> Iterator[Sample]:
             yield sample
 
 
-def _bytes_of(path: Path) -> int:
+def bytes_of(path: Path) -> int:
     """Of a file, or of all files in a folder; 0 where there is nothing (who reads it says so)."""
     try:
         return sum(file.stat().st_size for file in _files_of(path))

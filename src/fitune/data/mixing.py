@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,14 +50,16 @@ def set_weights(
     return found
 
 
-def repeated(sets: NDArray[np.int64], weights: Sequence[float], seed: int) -> NDArray[np.int64]:
+def repeated(sets: NDArray[Any], weights: Sequence[float], seed: int) -> NDArray[np.int64]:
     """Places of the samples of an epoch, each as often as its set's weight says.
 
     Of a fractional part the exact share of each set is drawn by the seed. `sets`: which set each sample is of.
     """
-    times = np.floor(np.asarray(weights, dtype=np.float64)).astype(np.int64)[sets]
+    whole = np.floor(np.asarray(weights, dtype=np.float64)).astype(np.int64)
+    times = whole[sets]
     for number, weight in enumerate(weights):
         places = np.flatnonzero(sets == number)
-        drawn = shuffled(len(places), f"weights of set {number} with seed {seed}")
-        times[places[drawn[: round((weight - math.floor(weight)) * len(places))]]] += 1
-    return np.repeat(np.arange(len(sets)), times)
+        extra = round((weight - math.floor(weight)) * len(places))
+        if extra:
+            times[places[shuffled(len(places), f"weights of set {number} with seed {seed}")[:extra]]] += 1
+    return np.arange(len(sets)) if (times == 1).all() else np.repeat(np.arange(len(sets)), times)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fitune.data.chance import shuffled
 from fitune.errors import InputError
 
-Places = NDArray[np.int64]
+Places = NDArray[Any]
 
 
-def groups_of(keys: NDArray[np.uint64]) -> tuple[Places, Places]:
-    """Keys [samples, 2] -> each one's group, [samples], and the first of each, [groups]. Equal keys: one."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first stays first
-    ordered = keys[order]
+def groups_of(keys: tuple[NDArray[np.uint64], NDArray[np.uint64]]) -> tuple[Places, Places]:
+    """Two keys of each sample -> its group, [samples], and the first of each group, [groups]. Equal in both: one."""
+    high, low = keys
+    order = np.argsort(high, kind="stable")  # of equal ones the first stays first
     is_new = np.ones(len(order), dtype=bool)
-    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    groups = np.empty(len(order), dtype=np.int64)
-    groups[order] = np.cumsum(is_new) - 1
+    ordered = high[order]
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    del ordered
+    alike = np.flatnonzero(~is_new)
+    if (low[order[alike]] != low[order[alike - 1]]).any():  # by chance alike in one key: in practice never
+        order = np.lexsort((low, high))
+        is_new[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
+    groups = np.empty(len(order), dtype=np.int32 if len(order) < 1 << 31 else np.int64)
+    groups[order] = np.cumsum(is_new, dtype=groups.dtype) - 1
     return groups, order[is_new]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -17,16 +18,20 @@ from fitune.data.encoding import EncodedSample
 # A token and whether it is trained lie in one number; no vocabulary has 2 ** 31 entries.
 _TRAINED = 1 << 31
 # What is kept of a sample: (type, numbers). `number`: which sample of its file it is, from 0 (the parts of a
-# text that was split have the same); `key`: as `Samples.keys`; `marks`: what EncodedSample counts after `origin`.
+# text that was split have the same); `key`, `key2`: as `Samples.keys`; `marks`: what EncodedSample counts.
 COLUMNS: Mapping[str, tuple[str, int]] = {
     "tokens": ("<u4", 1),
     "length": ("<u4", 1),
     "trained": ("<u4", 1),
     "line": ("<u8", 1),
     "number": ("<u8", 1),
-    "key": ("<u8", 2),
+    "key": ("<u8", 1),
+    "key2": ("<u8", 1),
     "marks": ("<u4", 5),
 }
+
+# What is read of one sample at a time; these files stay open.
+_OF_ONE = ("tokens", "line", "marks")
 
 Columns = Mapping[str, NDArray[Any]]
 Places = NDArray[np.int64]
@@ -41,13 +46,15 @@ def packed(samples: Sequence[EncodedSample], numbers: Sequence[int] | None = Non
     marks = [
         (s.without_end_token, s.control_tokens_in_text, s.lost_characters, s.is_cut, s.lost_end) for s in samples
     ]
+    keys = [_key(word) for word in words]
     columns = {
         "tokens": np.concatenate(words) if words else [],
         "length": [len(sample) for sample in samples],
         "trained": [sample.trained_tokens for sample in samples],
         "line": [sample.origin.line if sample.origin else 0 for sample in samples],
         "number": range(len(samples)) if numbers is None else numbers,
-        "key": [_key(word) for word in words],
+        "key": [int(one) for one, _ in keys],
+        "key2": [int(other) for _, other in keys],
         "marks": marks,
     }
     return {name: _shaped(np.asarray(values, dtype=COLUMNS[name][0]), name) for name, values in columns.items()}
@@ -74,10 +81,11 @@ class TokenTable:
         """`columns`: as `packed` makes them, or a `TableWriter`'s folder; `path`, `unit`: of the samples' origin."""
         self._path, self._unit = path, unit
         self._columns = columns if not isinstance(columns, Path) else {}
+        self._folder = columns if isinstance(columns, Path) else None
         self._files: dict[str, BinaryIO] = {}
-        if isinstance(columns, Path):
+        if self._folder is not None:
             # Read at a place, never mapped: mapped pages would count as this process's memory.
-            self._files = {name: open(columns / f"{name}.bin", "rb", buffering=0) for name in COLUMNS}  # noqa: SIM115
+            self._files = {name: open(self._folder / f"{name}.bin", "rb", buffering=0) for name in _OF_ONE}  # noqa: SIM115
         self.length = self._whole("length").astype(np.uint32)
         self.trained = self._whole("trained").astype(np.uint32)
         self._start = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
@@ -104,9 +112,9 @@ class TokenTable:
         """Which sample of its file each is, or is a part of, from 0; [samples] uint64."""
         return self._whole("number")
 
-    def keys(self) -> NDArray[Any]:
-        """Of every sample a number that only equal ones share; [samples, 2] uint64."""
-        return self._whole("key")
+    def keys(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Of every sample two numbers that only equal ones share; [samples] uint64 each."""
+        return self._whole("key"), self._whole("key2")
 
     def origin(self, index: int) -> Origin | None:
         """Where a sample comes from."""
@@ -115,11 +123,9 @@ class TokenTable:
         return Origin(self._path, int(self._read("line", index, 1)[0]), self._unit)
 
     def _whole(self, name: str) -> NDArray[Any]:
-        if not self._files:
+        if self._folder is None:
             return self._columns[name]
-        kind, width = COLUMNS[name]
-        count = os.fstat(self._files[name].fileno()).st_size // (np.dtype(kind).itemsize * width)
-        return self._read(name, 0, count)
+        return _shaped(np.fromfile(self._folder / f"{name}.bin", dtype=COLUMNS[name][0]), name)
 
     def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
         if not self._files:
@@ -165,25 +171,35 @@ class TableWriter:
 class Samples(Sequence[EncodedSample]):
     """Some of the samples of several tables, in any order and as often as wanted.
 
+    Millions of them are held: a place each, and what is asked for only while it is used, but for `lengths`.
+
     Attributes:
         tables: where they are.
-        chosen: which of all samples of the tables, one after the other; [samples] int64.
+        chosen: which of all samples of the tables, one after the other; [samples] integers.
     """
 
-    def __init__(self, tables: Sequence[TokenTable], chosen: Places | None = None) -> None:
+    def __init__(self, tables: Sequence[TokenTable], chosen: NDArray[Any] | None = None) -> None:
         self.tables = tuple(tables)
         self._bounds = np.concatenate([[0], np.cumsum([len(table) for table in self.tables], dtype=np.int64)])
-        self.chosen: Places = np.arange(self._bounds[-1]) if chosen is None else chosen
-        self.lengths = self._of_all([table.length for table in self.tables])
-        self.trained = self._of_all([table.trained for table in self.tables])
+        count = int(self._bounds[-1])
+        kind = np.int32 if count < 1 << 31 else np.int64
+        self.chosen: NDArray[Any] = (
+            np.arange(count, dtype=kind) if chosen is None else chosen.astype(kind, copy=False)
+        )
 
     @classmethod
     def of(cls, samples: Iterable[EncodedSample]) -> Samples:
         """Samples in memory; of their origins only the lines are kept."""
         return cls([TokenTable(packed(list(samples)), None)])
 
-    def _of_all(self, columns: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
-        return np.concatenate([np.zeros(0, dtype=np.uint32), *columns])[self.chosen]
+    @cached_property
+    def lengths(self) -> NDArray[np.uint32]:
+        """Of every sample how many tokens it has; [samples]."""
+        return self._of_all([table.length for table in self.tables])
+
+    def trained_tokens(self) -> int:
+        """Of all samples together."""
+        return int(self._of_all([table.trained for table in self.tables]).sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -203,7 +219,7 @@ class Samples(Sequence[EncodedSample]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def take(self, places: Places) -> Samples:
+    def take(self, places: NDArray[Any]) -> Samples:
         """Those at `places`, in that order."""
         return Samples(self.tables, self.chosen[places])
 
@@ -212,23 +228,38 @@ class Samples(Sequence[EncodedSample]):
         table, place = self._place(index)
         return self.tables[table].origin(place)
 
-    def table_of(self) -> Places:
+    def table_of(self) -> NDArray[Any]:
         """Of every sample the number of its table; [samples]."""
+        if len(self.tables) == 1:
+            return np.zeros(len(self), dtype=np.uint8)
         return np.searchsorted(self._bounds, self.chosen, side="right") - 1
 
-    def keys(self) -> NDArray[np.uint64]:
-        """Of every sample a number that only equal ones share; [samples, 2]."""
-        whole = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *(table.keys() for table in self.tables)])
-        return whole[self.chosen]
+    def keys(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Of every sample two numbers that only equal ones share; [samples] each."""
+        found = [table.keys() for table in self.tables]
+        one, other = [first for first, _ in found], [second for _, second in found]
+        del found
+        return self._of_all(one), self._of_all(other)
 
     def numbers(self) -> NDArray[np.uint64]:
         """Which sample of its file each is, or is a part of, from 0; [samples]."""
-        whole = np.concatenate([np.zeros(0, dtype=np.uint64), *(table.numbers() for table in self.tables)])
-        return whole[self.chosen]
+        return self._of_all([table.numbers() for table in self.tables])
 
     def digest(self) -> str:
         """A number (hexadecimal) of all tokens and masks in this order."""
-        return hashlib.blake2b(np.ascontiguousarray(self.keys()).data, digest_size=32).hexdigest()
+        digest = hashlib.blake2b(digest_size=32)
+        for column in self.keys():
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+    def _of_all(self, columns: list[NDArray[Any]]) -> NDArray[Any]:
+        """What the tables have of each sample, for the chosen ones."""
+        if not columns:
+            return np.zeros(0, dtype=np.uint64)
+        whole = columns[0] if len(columns) == 1 else np.concatenate(columns)
+        columns.clear()
+        is_everything = len(whole) == len(self.chosen) and bool((np.diff(self.chosen) == 1).all())
+        return whole if is_everything and (not len(whole) or self.chosen[0] == 0) else whole[self.chosen]
 
     def _place(self, index: int) -> tuple[int, int]:
         place = int(self.chosen[index])
