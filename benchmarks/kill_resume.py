@@ -38,7 +38,7 @@ from fitune.errors import InputError
 from fitune.hardware import detect
 
 KILLS, STEPS, LEAST_STEPS = 200, 8, 8
-ROW_TOKENS, SAVE_EVERY = 256, 2
+ROW_TOKENS, SAVE_EVERY = 128, 2
 SEED = 0
 COLUMNS = ("killed", "runs", "went on from", "identical")
 # How long after a checkpoint begins to be written the process is killed: within the time that it takes.
@@ -82,11 +82,12 @@ def write_run_file(folder: Path, steps: int, threads: int | None) -> Path:
     write_text(folder / "text.jsonl", 4 * steps * ROW_TOKENS)
     settings = {
         "model": "bundled", "method": "qlora",
-        "data": {"train": str(folder / "text.jsonl"), "max_tokens": ROW_TOKENS, "pack": True, "validation": 0.1},
+        "data": {"train": str(folder / "text.jsonl"), "max_tokens": ROW_TOKENS, "pack": True, "validation": 0.1,
+                 "over_length": "cut"},
         "lora": {"rank": 8, "dropout": 0.1},
         "train": {
             "steps": steps, "micro_batch": 1, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2,
-            "validate_every_steps": SAVE_EVERY, "neftune_alpha": 5.0, "learning_rate": 1e-3, "threads": threads,
+            "neftune_alpha": 5.0, "learning_rate": 1e-3, "threads": threads,
         },
     }  # fmt: skip
     path = folder / "run.yaml"
