@@ -3,8 +3,9 @@
     python benchmarks/large_data.py [--gigabytes 5] [--records FILE.json] [--max-tokens 512] [--kinds A,B]
                                     [--json] [--threads N] [--folder DIR] [--output FILE.json]
 
-A JSON Lines file of that size is written: the records of FILE (alpaca's form) again and again, each with another
-number before its instruction, so that no two are equal; without FILE, paragraphs of the project's documentation.
+A JSON Lines file of that size is written: the records of FILE (a list in alpaca's form, or lines of {"text": ...}) again
+and again, each with another number before it, so that no two are equal; without FILE, paragraphs of the project's
+documentation as instructions. Instructions longer than a row are cut, texts go on in another.
 Then, each in a fresh process with an empty cache at first: `fitune data inspect` (`inspect`), the same again with the
 tokens of the first time (`again`), and one epoch of packed rows laid out from them, as a run counts its steps
 (`rows`). Memory is the sum over the process and those it starts, looked at often: `peak_bytes` counts pages that they
@@ -72,7 +73,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def records_of(path: Path | None) -> list[dict[str, str]]:
     """Records in alpaca's form."""
     if path is not None:
-        found: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found: list[dict[str, str]] = (
+            [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        )
         return found
     paragraphs = [part for part in project_text().split("\n\n") if len(part) >= SHORTEST_PARAGRAPH]
     return [{"instruction": part[:60], "input": "", "output": part[60:]} for part in paragraphs]
@@ -80,14 +84,20 @@ def records_of(path: Path | None) -> list[dict[str, str]]:
 
 def write_file(path: Path, records: Sequence[dict[str, str]], size: int) -> None:
     """The records again and again, each other than all before, until the file has `size` bytes."""
+    name = begins_with(records)
     with open(path, "w", encoding="utf-8", buffering=1 << 20) as file:
         written = 0
         for number, record in enumerate(cycle(records)):
             if written >= size:
                 return
-            line = json.dumps({**record, "instruction": f"[{number}] {record['instruction']}"}) + "\n"
+            line = json.dumps({**record, name: f"[{number}] {record[name]}"}) + "\n"
             written += len(line)  # json.dumps writes ASCII
             file.write(line)
+
+
+def begins_with(records: Sequence[dict[str, str]]) -> str:
+    """The key that a record's number is put before."""
+    return "text" if "text" in records[0] else "instruction"
 
 
 def measured(command: Sequence[str], cache: Path, threads: int | None) -> tuple[dict[str, Any], int, int, float]:
@@ -132,14 +142,14 @@ def memory_of(pid: int) -> tuple[int, int]:
     return sizes.get("Pss", 0), sizes.get("Rss", 0)
 
 
-def lay_out(file: Path, max_tokens: int) -> dict[str, Any]:
+def lay_out(file: Path, max_tokens: int, over_length: str) -> dict[str, Any]:
     """One epoch of rows of the file's samples, counted and thrown away."""
     from fitune.config.schema import RunConfig
     from fitune.data.dataset import load_training_data
     from fitune.data.order import epoch_rows
     from fitune.models.find import find_model
 
-    settings = {"train": str(file), "max_tokens": max_tokens, "over_length": "cut"}
+    settings = {"train": str(file), "max_tokens": max_tokens, "over_length": over_length}
     config = RunConfig.model_validate({"model": "bundled", "data": settings})
     samples = load_training_data(config.data, find_model("bundled").tokenizer(), config.seed).train
     rows = taken = seen = 0
@@ -169,7 +179,7 @@ def row_cells(row: Row) -> list[str]:
 
 def main() -> int:
     if sys.argv[1:2] == ["--lay-out"]:
-        print(json.dumps(lay_out(Path(sys.argv[2]), int(sys.argv[3]))))
+        print(json.dumps(lay_out(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
         return 0
     options = parse()
     hardware = detect(with_accelerators=False)
@@ -177,13 +187,22 @@ def main() -> int:
     rows: list[Row] = []
     with folders(options.folder) as (_, scratch):
         file = scratch / "data.jsonl"
-        write_file(file, records_of(options.records), round(options.gigabytes * 1e9))
+        records = records_of(options.records)
+        over_length = "split" if begins_with(records) == "text" else "cut"
+        write_file(file, records, round(options.gigabytes * 1e9))
         size = file.stat().st_size
         clock = Clock()
         clock.say(f"{size / 1e9:.2f} GB written")
-        shown = ["data", "inspect", str(file), "--json", "--over-length", "cut"]
+        shown = ["data", "inspect", str(file), "--json", "--over-length", over_length]
         inspect = [sys.executable, "-m", "fitune", *shown, "--max-tokens", str(options.max_tokens)]
-        worker = [sys.executable, str(Path(__file__).resolve()), "--lay-out", str(file), str(options.max_tokens)]
+        worker = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--lay-out",
+            str(file),
+            str(options.max_tokens),
+            over_length,
+        ]
         for kind in options.kinds:
             command = worker if kind == "rows" else inspect
             answer, peak, largest, seconds = measured(command, scratch / "cache", options.threads)

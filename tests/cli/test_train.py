@@ -125,8 +125,11 @@ def fitune(*arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_control_c_saves_and_the_resumed_run_is_the_uninterrupted_one(workplace: Path, trained: TrainedRun) -> None:
-    folder = workplace / "stopped"
+@pytest.mark.parametrize("again", ["--resume", "the same command"])
+def test_control_c_saves_and_the_resumed_run_is_the_uninterrupted_one(
+    workplace: Path, trained: TrainedRun, again: str
+) -> None:
+    folder = workplace / f"stopped, {again}"
     process = fitune("train", workplace / "run.yaml", f"output={folder}", "--json")
     assert process.stderr is not None
     for line in process.stderr:
@@ -142,7 +145,10 @@ def test_control_c_saves_and_the_resumed_run_is_the_uninterrupted_one(workplace:
     code, _, err = call("chat", folder, "--prompt", "x")
     assert code == 2
     assert "--resume" in err
-    process = fitune("train", folder / "config.yaml", "--resume", "--json")
+    command = (
+        [folder / "config.yaml", "--resume"] if again == "--resume" else [workplace / "run.yaml", f"output={folder}"]
+    )
+    process = fitune("train", *command, "--json")
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "going on from step-" in err

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitune.data import EncodedSample, collate
-from fitune.data.prefixes import find_prefixes
+from fitune.data.prefixes import _common, find_prefixes
 
 
 def sample(length: int, start: int = 0) -> EncodedSample:
@@ -107,3 +107,10 @@ def test_padding_that_is_the_end_token_takes_nothing_away() -> None:
     assert batch.tokens.shape[1] > len(sample)
     other = collate([[sample]], 64, pad_id=0)
     assert (batch.weights == other.weights).all()
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40), st.integers(0, 40))
+def test_common_beginnings(one: list[int], other: list[int], shared: int) -> None:
+    other = [*one[:shared], *other]
+    naive = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    assert _common(tuple(one), tuple(other)) == (min(len(one), len(other)) if naive is None else naive)

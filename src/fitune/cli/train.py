@@ -42,9 +42,12 @@ def command(
     from fitune.config.cautions import cautions
     from fitune.train.comparing import check_evaluation, compare_with_base
     from fitune.train.progress_view import TrainingView
+    from fitune.train.resuming import is_unfinished
     from fitune.train.run import default_folder, plan_run, prepare_run, resumed, train_run
     from fitune.train.run_folder import RunFolder
 
+    if config.output is not None and is_unfinished(RunFolder(Path(config.output))):
+        resume = True  # the same command again goes on
     if resume and config.output is not None:
         config = resumed(config, RunFolder(Path(config.output)))
     with encoding() as watch:

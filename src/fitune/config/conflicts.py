@@ -26,6 +26,11 @@ class CombinationError(ValueError):
         super().__init__("; ".join(f"{conflict.field}: {conflict.sentence}" for conflict in conflicts))
 
 
+def accumulation_for(tokens_per_step: int, row_tokens: int, micro_batch: int) -> int:
+    """How many micro-batches make a step of about so many tokens."""
+    return max(1, round(tokens_per_step / (row_tokens * micro_batch)))
+
+
 def conflicts(config: RunConfig) -> Iterator[Conflict]:
     """Fields that contradict each other, or that would have no effect."""
     data, train, evaluate = config.data, config.train, config.evaluate
@@ -64,6 +69,21 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
             ("data.validation",),
             "there is nothing to validate on; give data.validation a file or a share such as 0.05",
         )
+    if train.tokens_per_step is not None:
+        at_once = data.max_tokens * train.micro_batch
+        if train.accumulation not in (1, accumulation_for(train.tokens_per_step, data.max_tokens, train.micro_batch)):
+            yield Conflict(
+                "train.tokens_per_step",
+                ("train.accumulation",),
+                "given together with train.accumulation; keep one of them",
+            )
+        elif train.tokens_per_step < at_once:
+            yield Conflict(
+                "train.tokens_per_step",
+                ("train.micro_batch", "data.max_tokens"),
+                f"one micro-batch alone has {at_once} tokens ({train.micro_batch} rows of {data.max_tokens}); "
+                "lower train.micro_batch, or give more",
+            )
     fields = type(train).model_fields
     for name, kind in (("schedule_power", "polynomial"), ("schedule_cycles", "cosine_restarts")):
         if getattr(train, name) != fields[name].default and train.schedule != kind:

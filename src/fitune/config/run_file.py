@@ -66,7 +66,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = reader.validated(values)
     if config is None:
         raise InputError(reader.problems(), where=path)
-    return config
+    return config.with_accumulation()
 
 
 class _Reader:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fitune.config.byte_size import parse_bytes
-from fitune.config.conflicts import CombinationError, conflicts
+from fitune.config.conflicts import CombinationError, accumulation_for, conflicts
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,11 @@ class TrainSettings(Section):
         default=4, ge=1, le=65536, description="Rows of max_tokens that go through the model at once"
     )
     accumulation: int = Field(default=1, ge=1, le=65536, description="Micro-batches to an optimizer step")
+    tokens_per_step: Count | None = Field(
+        default=None,
+        description="Accumulate as many micro-batches as make an optimizer step of about so many tokens",
+        examples=[8192],
+    )
     learning_rate: float | None = Field(
         default=None,
         gt=0,
@@ -386,6 +391,14 @@ class RunConfig(Section):
     evaluate: EvaluateSettings = Field(
         default=EvaluateSettings(), description="How the result is judged against the base model"
     )
+
+    def with_accumulation(self) -> RunConfig:
+        """The same with `train.accumulation` as `train.tokens_per_step` asks for, where it does."""
+        train = self.train
+        if train.tokens_per_step is None:
+            return self
+        count = accumulation_for(train.tokens_per_step, self.data.max_tokens, train.micro_batch)
+        return self.model_copy(update={"train": train.model_copy(update={"accumulation": count})})
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:

@@ -60,6 +60,11 @@ def _file_digest(folder: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_unfinished(folder: RunFolder) -> bool:
+    """Whether a run began in the folder and can be gone on with."""
+    return bool(list_checkpoints(folder.checkpoints)) and not folder.summary_file.exists()
+
+
 def refuse_another_run(folder: RunFolder) -> None:
     """Raises InputError where the folder holds a run."""
     if list_checkpoints(folder.checkpoints) or folder.summary_file.exists():
