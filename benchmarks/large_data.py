@@ -3,9 +3,9 @@
     python benchmarks/large_data.py [--gigabytes 5] [--records FILE.json] [--max-tokens 512] [--kinds A,B]
                                     [--json] [--threads N] [--folder DIR] [--output FILE.json]
 
-A JSON Lines file of that size is written: the records of FILE (a list in alpaca's form, or lines of {"text": ...}) again
-and again, each with another number before it, so that no two are equal; without FILE, paragraphs of the project's
-documentation as instructions. Instructions longer than a row are cut, texts go on in another.
+A JSON Lines file of that size is written: the records of FILE (a list in alpaca's form, or lines of {"text": ...})
+again and again, each with another number before it, so that no two are equal; without FILE, paragraphs of the
+project's documentation as instructions. Instructions longer than a row are cut, texts go on in another.
 Then, each in a fresh process with an empty cache at first: `fitune data inspect` (`inspect`), the same again with the
 tokens of the first time (`again`), and one epoch of packed rows laid out from them, as a run counts its steps
 (`rows`). Memory is the sum over the process and those it starts, looked at often: `peak_bytes` counts pages that they
