@@ -114,6 +114,19 @@ def test_duplicates_are_listed_and_never_straddle(tmp_path: Path, smollm2_tokeni
     assert not {s.tokens for s in data.train} & {s.tokens for s in data.validation}
 
 
+def test_what_is_not_listed_is_counted(
+    tmp_path: Path, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tally", "dataset"):
+        monkeypatch.setattr(f"fitune.data.{module}.KEPT_NOTES", 10)
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for number, path in enumerate(files):  # 8 and 14 empty answers, no sample twice
+        lines = [{"question": f"{number} {n}", "answer": ""} for n in range(8 + 6 * number)]
+        path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    report = load_training_data(Settings([Source(str(path)) for path in files]), smollm2_tokenizer).report
+    assert (report.empty, len(report.problems), report.more_problems) == (22, 10, 12)
+
+
 def test_split_share() -> None:
     groups = np.array([7, 7, 2, 2, 3, 3, 0, 0, 9, 9])
     train, held_out = split_share(groups, 0.2, seed=0)

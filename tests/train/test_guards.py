@@ -207,8 +207,12 @@ def test_spikes_stand_out_and_do_not_count_for_the_next() -> None:
     assert [watch.hear(2.0 + 0.1 * (step % 3)) for step in range(LEAST)] == [None] * LEAST
     assert watch.hear(3.05) is None
     assert watch.hear(9.0) == pytest.approx(2.15, abs=0.1)
-    assert watch.hear(9.0) is not None
     assert watch.hear(2.1) is None
+    assert watch.hear(9.0) is not None
+    # What stays is told once, and is how losses are after a while.
+    assert [watch.hear(9.0) for _ in range(2 * LEAST)] == [None] * (2 * LEAST)
+    assert watch.hear(9.1) is None
+    assert watch.hear(30.0) == pytest.approx(9.0, abs=0.1)
 
 
 def test_a_spike_names_the_sample_that_made_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

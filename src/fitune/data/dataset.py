@@ -213,7 +213,7 @@ def examine_data(
         mixed_scripts=suspicious["mixed_scripts"],
         refused=tuple(str(refusal) for refusal in refusals),
         problems=tuple(problems[:KEPT_NOTES]),
-        more_problems=more + tally.more_notes + checked.more_notes,
+        more_problems=more + sum(file.tally.more_notes for _, file in read),
         views=tuple(view_of(kept[place], tokenizer) for place in range(min(SHOWN_SAMPLES, len(kept)))),
         kept_in=tuple(str(file.folder) for _, file in read if file.folder is not None),
     )

@@ -17,7 +17,7 @@ from fitune.fuse.model import FusedModel
 # and above their mean by this share, it is a spike.
 WINDOW, LEAST = 64, 16
 DEVIATIONS, SHARE = 5.0, 0.5
-SHOWN = 3
+SHOWN, LOOKED_AT = 3, 256
 
 
 class SpikeWatch:
@@ -25,14 +25,22 @@ class SpikeWatch:
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._above = 0  # spikes in a row
 
     def hear(self, loss: float) -> float | None:
-        """The mean that this loss stands out from; None: it does not. A spike is not counted for those after it."""
+        """The mean that this loss stands out from; None: it does not, or goes on as the one before did.
+
+        A spike is not counted for the losses after it, but LEAST in a row are no spikes: it is how losses are now.
+        """
         if len(self._losses) >= LEAST:
             mean = math.fsum(self._losses) / len(self._losses)
             deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in self._losses) / len(self._losses))
             if loss > mean + max(DEVIATIONS * deviation, SHARE * mean):
-                return mean
+                self._above += 1
+                if self._above >= LEAST:
+                    self._losses.clear()
+                return mean if self._above == 1 else None
+        self._above = 0
         self._losses.append(loss)
         return None
 
@@ -46,12 +54,15 @@ class SampleLoss:
 
 
 def worst_samples(model: FusedModel, samples: Sequence[EncodedSample], row_tokens: int) -> list[SampleLoss]:
-    """The samples of the highest loss, worst first, as the model is now; leaves it and its random state alone."""
+    """The samples of the highest loss, worst first, as the model is now; leaves it and its random state alone.
+
+    Of very many the first LOOKED_AT are looked at: each takes a pass of its own.
+    """
     was_training = model.graph.training
     model.graph.eval()
     found = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for sample in samples:
+        for sample in samples[:LOOKED_AT]:
             batch = collate([[sample]], row_tokens, 0)
             if batch.trained_tokens:
                 logprobs, weights = model.logprobs(batch)
