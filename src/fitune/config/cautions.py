@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fitune.config.schema import RunConfig
 
 # Every weight learns at about a twentieth of an adapter's rate: 1e-5 to 5e-5 in the recipes of Llama 2, Alpaca and
-# Qwen, beside 1e-4 to 3e-4 in those of LoRA and QLoRA (config/recommended.py has them with their sources).
+# Qwen, beside 1e-4 to 3e-4 in those of LoRA and QLoRA; SmolLM2's smallest takes 1e-3 (config/recommended.py).
 FULL_RATE, ADAPTER_RATE = 1e-4, 2e-5
 # Instruction sets are learnt in one to three epochs (Guanaco, Alpaca); a hundred thousand times is by heart.
 MANY_EPOCHS = 10.0
@@ -19,8 +19,8 @@ def cautions(config: RunConfig) -> Iterator[str]:
     rate = train.learning_rate
     if rate is not None and config.method == "full" and rate >= FULL_RATE:
         yield (
-            f"train.learning_rate {rate:g} is an adapter's; when all weights learn, 1e-5 to 5e-5 is usual, and more "
-            "forgets or diverges"
+            f"train.learning_rate {rate:g} is an adapter's; when all weights of a model of billions learn, 1e-5 to 5e-5 "
+            "is usual, and more forgets or diverges (small models bear more)"
         )
     if rate is not None and config.method != "full" and rate <= ADAPTER_RATE:
         yield (
