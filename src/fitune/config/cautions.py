@@ -19,8 +19,8 @@ def cautions(config: RunConfig) -> Iterator[str]:
     rate = train.learning_rate
     if rate is not None and config.method == "full" and rate >= FULL_RATE:
         yield (
-            f"train.learning_rate {rate:g} is an adapter's; when all weights of a model of billions learn, 1e-5 to 5e-5 "
-            "is usual, and more forgets or diverges (small models bear more)"
+            f"train.learning_rate {rate:g} is an adapter's; when all weights of a model of billions learn, 1e-5 to "
+            "5e-5 is usual, and more forgets or diverges (small models bear more)"
         )
     if rate is not None and config.method != "full" and rate <= ADAPTER_RATE:
         yield (
