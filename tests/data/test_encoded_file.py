@@ -175,3 +175,25 @@ def test_processes_end_with_the_one_that_started_them(shared_data: Path) -> None
     while alive := [pid for pid in children if Path(f"/proc/{pid}/cmdline").exists()]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "headless"])
+def test_a_damaged_table_is_made_again(tmp_path: Path, cache: Path, smollm2_tokenizer: Any, damage: str) -> None:
+    path = written(tmp_path / "a.jsonl", 100)
+    first = encode_file(Wanted(str(path)), smollm2_tokenizer, HOW)
+    file = entries(cache)[0] / ("table.json" if damage == "headless" else "length.bin")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        file.unlink()
+    again = encode_file(Wanted(str(path)), smollm2_tokenizer, HOW)
+    assert len(again.table) == len(first.table) == 100
+    assert len(entries(cache)) == 1
+
+
+def test_refusals_name_the_file_that_was_given(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    how = EncodingSettings(64, "error", "assistant", None)
+    path = written(tmp_path / "a.jsonl", 100)
+    assert encode_file(Wanted(str(path)), smollm2_tokenizer, how).tally.refused[0].startswith(f"{path} line")
+    moved = path.rename(tmp_path / "b.jsonl")
+    assert encode_file(Wanted(str(moved)), smollm2_tokenizer, how).tally.refused[0].startswith(f"{moved} line")

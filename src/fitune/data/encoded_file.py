@@ -94,10 +94,10 @@ def encode_file(
     before = _state(wanted.path)
     folder = cache_folder() / "tokens" / _name(wanted, tokenizer, settings)
     with locked(folder.with_suffix(".lock")):
-        if not (folder / _HEAD).is_file():
+        if not _is_whole(folder):
             remove_unfinished(folder)
             _check_room(folder, size)
-            with new_folder(folder) as beside:
+            with new_folder(folder, replace=True) as beside:  # a damaged one may lie there
                 writer = TableWriter(beside)
                 threads = detect(with_accelerators=False).threads if size >= _SHARED_FROM_BYTES else 1
                 try:
@@ -107,10 +107,22 @@ def encode_file(
                 if _state(wanted.path) != before:
                     raise InputError("the file was changed while it was read; begin again", where=wanted.path)
                 head = {"format": reader.format, "unit": reader.problems.unit, "tally": tally.as_json()}
+                head |= {"path": wanted.path, "sizes": {part.name: part.stat().st_size for part in beside.iterdir()}}
                 (beside / _HEAD).write_text(json.dumps(head), encoding="utf-8")
     head = json.loads((folder / _HEAD).read_text(encoding="utf-8"))
     table = TokenTable(folder, wanted.path, head["unit"])
-    return EncodedFile(wanted, head["format"], head["unit"], table, Tally.from_json(head["tally"]), folder)
+    tally = Tally.from_json(head["tally"])
+    tally.refused = [wanted.path + sentence.removeprefix(head["path"]) for sentence in tally.refused]
+    return EncodedFile(wanted, head["format"], head["unit"], table, tally, folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a table is there with every file as long as it was written."""
+    try:
+        sizes = json.loads((folder / _HEAD).read_text(encoding="utf-8"))["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def check_file(wanted: Wanted) -> None:
