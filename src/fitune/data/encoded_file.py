@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from fitune.data.encoding_pool import EncodingSettings, encode_samples
 from fitune.data.reading import SampleReader
 from fitune.data.tally import Tally
 from fitune.data.token_table import TableWriter, TokenTable
-from fitune.errors import DiskFullError, InputError
+from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.hardware import detect, disk_free_bytes
 from fitune.models.cache import cache_folder, locked
 
@@ -91,6 +92,12 @@ def encode_file(
         reader, tally = _encode_into(writer, wanted, tokenizer, settings, 1, watch)
         unit = reader.problems.unit
         return EncodedFile(wanted, reader.format, unit, TokenTable(writer.close(), wanted.path, unit), tally)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # It would wait for the lock that the process holds which waits for it.
+        raise FituneError(
+            "large data are tokenised by processes that begin by importing this script again; put what it does under "
+            'if __name__ == "__main__":'
+        )
     before = _state(wanted.path)
     folder = cache_folder() / "tokens" / _name(wanted, tokenizer, settings)
     with locked(folder.with_suffix(".lock")):
