@@ -90,6 +90,39 @@ def test_going_back_takes_the_checkpoint_and_half_the_rate(
     assert run(config, tmp_path / "parts", resume=True).digest == whole.digest
 
 
+def test_going_back_is_the_same_where_the_run_was_stopped_before(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 3, where a checkpoint is written that the other run has not: both go back to step 2's."""
+    config = config_of(place, "train.on_non_finite=lower_rate")
+    spoil(monkeypatch, 4)
+    whole = run(config, tmp_path / "whole")
+    monkeypatch.undo()
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "parts", watch=stop_after(3))
+    spoil(monkeypatch, 1)  # the first of the resumed run: step 4
+    assert run(config, tmp_path / "parts", resume=True).digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        (["train.on_non_finite=lower_rate"], "train.save_every_steps=3"),
+        (["train.validate_every_steps=1", "train.restore_best=true"], "train.validate_every_steps=2"),
+    ],
+)
+def test_what_decides_the_result_is_not_free_to_change(
+    place: Path, tmp_path: Path, settings: list[str], change: str
+) -> None:
+    own = [f"data.validation={place / 'validation.jsonl'}", *settings]
+    with pytest.raises(Interrupted):
+        run(config_of(place, *own), tmp_path / "run", watch=stop_after(3))
+    name, _, value = change.partition("=")
+    with pytest.raises(InputError, match=rf"{name} was \d and is {value}"):
+        others = [setting for setting in own if not setting.startswith(f"{name}=")]
+        run(config_of(place, *others, change), tmp_path / "run", resume=True)
+
+
 def test_the_layer_is_named(place: Path, tmp_path: Path) -> None:
     def poison(model: Any) -> None:
         with torch.no_grad():

@@ -81,10 +81,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is undamaged (None: there is none), and a sentence for each damaged one."""
+def newest_whole(folder: Path, every: int = 1) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is undamaged (None: there is none), and a sentence for each damaged one.
+
+    `every`: only those after a multiple of so many steps.
+    """
     damaged = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed([one for one in list_checkpoints(folder) if int(one.name[len("step-") :]) % every == 0]):
         try:
             state = json.loads((path / STATE).read_text())
             found = _digest(path / TENSORS)

@@ -393,7 +393,8 @@ def _after_non_finite(
     if settings.on_non_finite == "skip":
         say(f"warning: {told} The step is skipped")
         return replace(progress, non_finite=count)
-    newest, damaged = newest_whole(folder.checkpoints)
+    # One that was written because the run was stopped would not be there in a run that nobody stopped.
+    newest, damaged = newest_whole(folder.checkpoints, settings.save_every_steps or 1)
     for sentence in damaged:
         say(f"{sentence}; it is not used")
     back = "The weights stay: there is no checkpoint to go back to"

@@ -39,7 +39,7 @@ class PreparedRun(Protocol):
 
 def identity_of(config: RunConfig, prepared: PreparedRun) -> dict[str, str]:
     """What must be the same for a checkpoint to be gone on from."""
-    train = config.train.model_copy(update=_FREE_TO_CHANGE)
+    train = config.train.model_copy(update={name: _FREE_TO_CHANGE[name] for name in _free(config)})
     config = config.model_copy(update={"output": None, "memory": None, "train": train})
     computation = prepared.computation
     start = config.lora.start_from
@@ -53,6 +53,17 @@ def identity_of(config: RunConfig, prepared: PreparedRun) -> dict[str, str]:
         + (" int8" if computation.trains_in_int8 else ""),
         "model": prepared.source.identity(),
     }
+
+
+def _free(config: RunConfig) -> list[str]:
+    """What may change without a word; where validations or checkpoints decide what is trained, they may not."""
+    train = config.train
+    bound = set()
+    if train.early_stopping_patience is not None or train.restore_best:
+        bound.add("validate_every_steps")
+    if train.on_non_finite == "lower_rate":
+        bound.add("save_every_steps")
+    return [name for name in _FREE_TO_CHANGE if name not in bound]
 
 
 def _file_digest(folder: Path) -> str:
@@ -118,7 +129,7 @@ def _settings_changed(folder: RunFolder, config: RunConfig) -> list[str]:
         now = flat(yaml.safe_load(dump(config)))
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return ["the settings changed"]
-    free = {"output", "memory", *(f"train.{name}" for name in _FREE_TO_CHANGE)}
+    free = {"output", "memory", *(f"train.{name}" for name in _free(config))}
     names = [*now, *(name for name in before if name not in now)]
     return [
         f"{name} was {before.get(name)} and is {now.get(name)}"
