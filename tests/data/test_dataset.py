@@ -269,3 +269,25 @@ def test_a_split_document_is_on_one_side(tmp_path: Path, smollm2_tokenizer: Any)
     sides = [{sample.origin for sample in side} for side in (data.train, data.validation)]
     assert not sides[0] & sides[1]
     assert all(sides)
+
+
+def test_a_missing_file_is_named_before_another_is_read(
+    tmp_path: Path, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = questions(tmp_path / "a.jsonl", 3)
+    monkeypatch.setattr("fitune.data.dataset.encode_file", lambda *_: pytest.fail("read first"))
+    with pytest.raises(InputError, match="no such file"):
+        load_training_data(Settings([Source(str(there)), Source(str(tmp_path / "b.jsonl"))]), smollm2_tokenizer)
+
+
+def test_equal_parts_of_different_texts_are_told_as_leaks(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    same = " the same end" * 60
+    path = tmp_path / "a.jsonl"
+    texts = [" ".join(f"{n}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz" * 2) for n in range(6)]
+    path.write_text("\n".join(json.dumps({"text": text + same}) for text in texts), encoding="utf-8")
+    settings = Settings([Source(str(path))], validation=0.3, max_tokens=32, over_length="split")
+    data = load_training_data(settings, smollm2_tokenizer)
+    trained = {(sample.tokens, sample.trained) for sample in data.train}
+    leaked = sum((sample.tokens, sample.trained) in trained for sample in data.validation)
+    assert data.report.leaked == leaked > 0
+    assert sum("also trained on" in problem.message for problem in data.report.problems) == leaked

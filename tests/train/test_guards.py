@@ -118,8 +118,8 @@ def test_what_decides_the_result_is_not_free_to_change(
     with pytest.raises(Interrupted):
         run(config_of(place, *own), tmp_path / "run", watch=stop_after(3))
     name, _, value = change.partition("=")
+    others = [setting for setting in own if not setting.startswith(f"{name}=")]
     with pytest.raises(InputError, match=rf"{name} was \d and is {value}"):
-        others = [setting for setting in own if not setting.startswith(f"{name}=")]
         run(config_of(place, *others, change), tmp_path / "run", resume=True)
 
 

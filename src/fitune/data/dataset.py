@@ -21,6 +21,7 @@ from fitune.data.length import OverLength
 from fitune.data.mixing import repeated, set_weights
 from fitune.data.record import SHOWN_PROBLEMS
 from fitune.data.report import SHOWN_SAMPLES, DataReport, Problem, SourceFile, length_histogram, problem_at, view_of
+from fitune.data.sources import kind_of
 from fitune.data.split import groups_of, of_documents, split_share
 from fitune.data.tally import KEPT_NOTES, Tally
 from fitune.data.token_table import Samples
@@ -156,6 +157,7 @@ def examine_data(
         for place in repeats[:KEPT_NOTES].tolist()
     ]
     leaked = np.zeros(0, dtype=np.int64)
+    own: list[Problem] = []
     train = kept
     if validation_path is not None:
         own = _problems([file for number, file in read if number >= len(sources)])
@@ -163,13 +165,15 @@ def examine_data(
         leaked = np.flatnonzero(first[groups[len(kept) :]] < len(kept))
         if len(leaked) and len(leaked) == len(held_out):
             refusals.append(_all_leaked(validation_path))
-        told = "a validation sample that is also trained on"
-        problems += [problem_at(held_out.origin(place), told) for place in leaked[:KEPT_NOTES].tolist()]
-        problems += own
     elif isinstance(data.validation, float) and not refusals:
         documents = of_documents(groups, kept.table_of(), kept.numbers())
         chosen, places = split_share(documents, data.validation, seed)
         train, held_out = kept.take(chosen), kept.take(places)
+        # Parts of several texts may be equal where their first ones, which decide, are not.
+        leaked = np.flatnonzero(np.isin(groups[places], groups[chosen])) if tally.split else leaked
+    told = "a validation sample that is also trained on"
+    problems += [problem_at(held_out.origin(place), told) for place in leaked[:KEPT_NOTES].tolist()]
+    problems += own
     del groups, first
     try:
         sets = of_source[train.table_of()]
@@ -327,11 +331,23 @@ def _encode(
     """Every file, with the number of its source; raises InputError for all that cannot be read, together."""
     read: list[tuple[int, EncodedFile]] = []
     errors: list[InputError] = []
+    there: set[str] = set()
+    for file in (file for files in wanted for file in files):
+        try:  # before any of them, which may be large, is read
+            kind_of(Path(file.path))
+            there.add(file.path)
+        except InputError as error:
+            errors.append(error)
     # Many small files may be more than memory holds, too.
-    is_much = sum(bytes_of(Path(file.path)) for files in wanted for file in files) >= encoded_file.KEPT_FROM_BYTES
+    is_much = (
+        sum(bytes_of(Path(file.path)) for files in wanted for file in files if file.path in there)
+        >= encoded_file.KEPT_FROM_BYTES
+    )
     for number, files in enumerate(wanted):
         for file in files:
             try:
+                if file.path not in there:
+                    continue
                 if errors:  # nothing will come of it: what else is wrong is all there is to find
                     check_file(file)
                 else:

@@ -98,8 +98,11 @@ def encode_file(
             "large data are tokenised by processes that begin by importing this script again; put what it does under "
             'if __name__ == "__main__":'
         )
-    before = _state(wanted.path)
-    folder = cache_folder() / "tokens" / _name(wanted, tokenizer, settings)
+    try:
+        before = _state(wanted.path)
+        folder = cache_folder() / "tokens" / _name(wanted, tokenizer, settings)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=wanted.path) from error
     with locked(folder.with_suffix(".lock")):
         if not _is_whole(folder):
             remove_unfinished(folder)

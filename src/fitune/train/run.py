@@ -183,21 +183,28 @@ def resumed(config: RunConfig, folder: RunFolder) -> RunConfig:
 def _workload(config: RunConfig, rows: Rows) -> Workload:
     """What the run's steps hold, counted on the rows of the first epoch, or on enough of them."""
     counted, tokens, documents, trained, longest = 0, 0, 0, 0, 0
-    different: set[int] = set()
+    different: set[int] | None = set()
     for step in rows.epoch(0):
         for batch in rows.batches(step):
             tokens += batch.tokens.numel()
             documents += len(batch.documents)
             trained += batch.trained_tokens
             longest = max(longest, batch.tokens.shape[1])
-            different.update(batch.tokens.unique().tolist())
+            if different is not None:
+                different.update(batch.tokens.unique().tolist())
         counted += 1
         if tokens >= COUNTED_TOKENS:
+            different = None  # others may come later
             longest = max(longest, min(rows.row_tokens, int(lengths_of(rows.samples).max())))
             break
     steps = count_steps(rows, config.train.epochs, config.train.steps)
     return Workload(
-        steps, round(steps * tokens / counted), max(1, tokens // documents), trained / tokens, longest, len(different)
+        steps,
+        round(steps * tokens / counted),
+        max(1, tokens // documents),
+        trained / tokens,
+        longest,
+        None if different is None else len(different),
     )
 
 
