@@ -87,12 +87,6 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def remove_unfinished(path: Path) -> None:
-    """Removes what killed processes left of `new_folder(path)`. Only for those who hold the lock on `path`."""
-    for left in path.parent.glob(f".{path.name}-*"):
-        shutil.rmtree(left)
-
-
 def _sync_tree(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():

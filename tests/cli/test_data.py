@@ -25,11 +25,20 @@ def questions(tmp_path: Path) -> Path:
 
 
 def test_inspect_tells_everything_in_json(questions: Path) -> None:
-    facts = facts_of("data", "inspect", questions, "--validation", "0.1")
+    facts = facts_of("data", "inspect", "--no-time", questions, "--validation", "0.1")
     assert facts.keys() >= set(DataReport.__dataclass_fields__) | {"model", "seconds_per_epoch"}
+    assert facts["seconds_per_epoch"] is facts["no_time_because"] is None
     assert (facts["samples"], facts["train_samples"], facts["validation_samples"]) == (30, 27, 3)
     assert (facts["end_token_share"], facts["refused"], facts["problems"]) == (1.0, [], [])
     assert [piece["is_trained"] for piece in facts["views"][0]["pieces"]] == [False, True, False]
+
+
+def test_inspect_estimates_the_time_of_an_epoch_where_it_can(questions: Path) -> None:
+    facts = facts_of("data", "inspect", questions)
+    assert 0.1 < facts["seconds_per_epoch"] < 600
+    code, out, _ = call("data", "inspect", questions, "--max-tokens", "100000")
+    assert code == 0
+    assert "could not be estimated: data.max_tokens: 100000 is more than the 8192 positions" in out
 
 
 def test_large_files_say_how_far_they_are_and_where_their_tokens_lie(
@@ -38,18 +47,18 @@ def test_large_files_say_how_far_they_are_and_where_their_tokens_lie(
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(encoded_file, "KEPT_FROM_BYTES", 1)
     monkeypatch.setattr(encoding_view, "LINE_SECONDS", 0.0)
-    code, out, err = call("data", "inspect", questions, "--json")
+    code, out, err = call("data", "inspect", "--no-time", questions, "--json")
     assert code == 0, err
     assert f"{questions}: 30 samples as tokens" in err
     assert json.loads(out)["kept_in"] == [str(next((tmp_path / "cache" / "tokens").iterdir()).with_suffix(""))]
-    code, again, err = call("data", "inspect", questions, "--json")
+    code, again, err = call("data", "inspect", "--no-time", questions, "--json")
     assert "samples as tokens" not in err
     assert again == out
 
 
 def test_inspect_shows_every_trained_token_and_writes_a_page(questions: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    code, out, err = call("data", "inspect", questions, "--html", page)
+    code, out, err = call("data", "inspect", "--no-time", questions, "--html", page)
     assert code == 0, err
     assert "⟦It is 0.<|im_end|>⟧" in out
     assert "100.0 % of the samples" in out
@@ -61,9 +70,9 @@ def test_inspect_shows_every_trained_token_and_writes_a_page(questions: Path, tm
 def test_inspect_reads_a_run_file(questions: Path, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(f"data:\n  train: {questions.name}\n  system: Be brief.\n", encoding="utf-8")
-    facts = facts_of("data", "inspect", run)
+    facts = facts_of("data", "inspect", "--no-time", run)
     assert "Be brief." in facts["views"][0]["pieces"][0]["text"]
-    code, _, err = call("data", "inspect", run, questions)
+    code, _, err = call("data", "inspect", "--no-time", run, questions)
     assert code == 2
     assert "give it alone" in err
 
@@ -73,27 +82,27 @@ def test_what_cannot_be_trained_on_is_shown_and_exits_with_two(tmp_path: Path) -
         tmp_path / "a.jsonl",
         [{"messages": [{"role": "user", "content": "q"}]}, {"messages": [{"role": "user", "content": "r"}]}],
     )
-    code, out, _ = call("data", "inspect", path, "--json")
+    code, out, _ = call("data", "inspect", "--no-time", path, "--json")
     facts = json.loads(out)
     assert code == 2
     assert (facts["nothing_to_train"], facts["trained_tokens"]) == (2, 0)
     assert "2 of 2 samples have no token to train" in facts["refused"][0]
     judged = write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "label": True}])
-    code, out, _ = call("data", "inspect", judged, "--json")
+    code, out, _ = call("data", "inspect", "--no-time", judged, "--json")
     assert code == 2
     assert "answers labelled good or bad" in json.loads(out)["refused"][0]
     long = write(tmp_path / "c.jsonl", [{"question": "q", "answer": "word " * 200}])
-    code, out, _ = call("data", "inspect", long, "--max-tokens", "64", "--json")
+    code, out, _ = call("data", "inspect", "--no-time", long, "--max-tokens", "64", "--json")
     assert code == 2
     assert "but a row holds 64" in json.loads(out)["refused"][0]
-    assert facts_of("data", "inspect", long, "--max-tokens", "64", "--over-length", "cut")["cut"] == 1
+    assert facts_of("data", "inspect", "--no-time", long, "--max-tokens", "64", "--over-length", "cut")["cut"] == 1
 
 
 def test_what_looks_wrong_is_counted_and_named(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl", [{"text": "GrÃ¼ÃŸe"}, {"text": "bell \x07"}, {"text": "раypal"}, {"text": "good"}]
     )
-    facts = facts_of("data", "inspect", path)
+    facts = facts_of("data", "inspect", "--no-time", path)
     assert (facts["mojibake"], facts["control_characters"], facts["mixed_scripts"]) == (1, 1, 1)
     assert [problem["line"] for problem in facts["problems"]] == [1, 2, 3]
 
@@ -110,7 +119,12 @@ def test_convert_and_split(questions: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     done = facts_of("data", "split", target, tmp_path / "parts", "--validation", "0.1", "--test", "0.2")
     assert done["samples"] == {"train": 21, "validation": 3, "test": 6}
-    assert facts_of("data", "inspect", done["files"]["train"], "--validation", done["files"]["test"])["leaked"] == 0
+    assert (
+        facts_of("data", "inspect", "--no-time", done["files"]["train"], "--validation", done["files"]["test"])[
+            "leaked"
+        ]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fitune.data.encoding_pool import EncodingSettings, encode_samples
 from fitune.data.reading import read_samples
 from fitune.data.token_table import Samples
 from fitune.errors import DiskFullError, FituneError, InputError
+from fitune.models.cache import locked
 
 HOW = EncodingSettings(64, "cut", "assistant", None)
 
@@ -145,7 +147,7 @@ def test_a_process_that_is_killed_is_told_of(shared_data: Path, smollm2_tokenize
     victim = multiprocessing.active_children()[0]
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(FituneError, match="one of the 2 processes that tokenise was ended from outside"):
+    with pytest.raises(FituneError, match="one of the 2 processes that tokenise crashed, or was ended"):
         list(chunks)
 
 
@@ -197,3 +199,32 @@ def test_refusals_name_the_file_that_was_given(tmp_path: Path, smollm2_tokenizer
     assert encode_file(Wanted(str(path)), smollm2_tokenizer, how).tally.refused[0].startswith(f"{path} line")
     moved = path.rename(tmp_path / "b.jsonl")
     assert encode_file(Wanted(str(moved)), smollm2_tokenizer, how).tally.refused[0].startswith(f"{moved} line")
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_that_is_written(
+    tmp_path: Path, cache: Path, smollm2_tokenizer: Any
+) -> None:
+    left, written_now, of_another = cache / ".dead-a1b2c3", cache / ".alive-a1b2c3", cache / ".notes-x"
+    for folder in (left, written_now, of_another):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_bytes(b"1234")
+    (cache / "dead.lock").touch()
+    with locked(cache / "alive.lock"):
+        encode_file(Wanted(str(written(tmp_path / "a.jsonl"))), smollm2_tokenizer, HOW)
+        assert [folder.exists() for folder in (left, written_now, of_another)] == [False, True, True]
+
+
+def test_waiting_for_another_process_is_said(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with locked(cache / "one.lock"):
+            entered.set()
+
+    with locked(cache / "one.lock"):
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.3)
+        assert "waiting for another process" in caplog.text
+    waiting.join(10)
+    assert entered.is_set()

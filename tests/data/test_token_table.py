@@ -92,3 +92,33 @@ def test_parts_of_a_document_stay_with_the_first() -> None:
     groups = np.array([0, 1, 2, 3, 1])
     found = of_documents(groups, np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2], dtype=np.uint64))
     assert found.tolist() == [0, 0, 2, 3, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed by Linux")
+def test_more_tables_than_files_may_be_open(tmp_path: Path) -> None:
+    for number in range(120):
+        (folder := tmp_path / str(number)).mkdir()
+        writer = TableWriter(folder)
+        writer.append(packed([EncodedSample((number, 7), (False, True))]))
+        writer.close()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    samples = Samples([TokenTable(tmp_path / str(number), "a.jsonl") for number in range(120)])
+    for _ in range(2):
+        assert [sample.tokens[0] for sample in samples] == list(range(120))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 96
+
+
+def test_another_table_in_the_same_place_is_read_afresh(tmp_path: Path) -> None:
+    found = []
+    for number in (1, 2):
+        folder = tmp_path / f"new{number}"
+        folder.mkdir()
+        writer = TableWriter(folder)
+        writer.append(packed([EncodedSample((number, 7), (False, True))]))
+        writer.close()
+        if (tmp_path / "table").exists():
+            (tmp_path / "table").rename(tmp_path / "old")
+        folder.rename(tmp_path / "table")
+        found.append(TokenTable(tmp_path / "table", "a.jsonl"))
+        assert found[-1][0].tokens == (number, 7)
+    assert found[0][0].tokens == (1, 7)

@@ -134,6 +134,12 @@ def test_more_rows_than_a_slab(threads: int) -> None:
     check_all(Layers(64, [64, 32], [4, 0], [63]), 4100)
 
 
+@pytest.mark.parametrize("rows", [2260, 2304, 2500])
+def test_a_last_slab_that_needs_more_than_the_first(rows: int, threads: int) -> None:
+    """Of fewer rows, it may be shared out among the threads in another way."""
+    check_all(Layers(576, [576, 192, 192], [16, 16, 16], [5, 300]), rows)
+
+
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(
     st.integers(1, 80), st.integers(1, 150),

@@ -12,6 +12,7 @@ from fitune.errors import InputError
 
 if TYPE_CHECKING:
     from fitune.config.schema import RunConfig
+    from fitune.data.dataset import TrainingData
 
 group = typer.Typer(help="Inspect, convert and split training data.", no_args_is_help=True)
 
@@ -62,7 +63,9 @@ def inspect(
     max_tokens: Annotated[int | None, typer.Option(min=16, help="Length of a row.")] = None,
     over_length: Annotated[OverLength | None, typer.Option(help="What to do with samples longer than a row.")] = None,
     train_on: Annotated[TrainOn | None, typer.Option(help="Whose tokens are learnt.")] = None,
-    with_time: Annotated[bool, typer.Option("--time", help="Estimate the time of an epoch (takes a probe).")] = False,
+    with_time: Annotated[
+        bool, typer.Option("--time/--no-time", help="Estimate the time of an epoch, by a probe of some seconds.")
+    ] = True,
     html: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -86,7 +89,7 @@ def inspect(
     with encoding() as watch:
         examined = examine_data(config.data, source.tokenizer(), config.seed, watch)
     report = examined.data.report
-    seconds = _epoch_seconds(config) if with_time and not report.refused else None
+    seconds, why = _epoch_seconds(config, examined.data) if with_time and not report.refused else (None, None)
     if html is not None:
         from fitune.atomic import write_text
         from fitune.cli.data_report_page import data_report_page
@@ -95,7 +98,7 @@ def inspect(
     if as_json:
         from fitune.cli.output import print_json
 
-        print_json({"model": config.model, **report.as_json(), "seconds_per_epoch": seconds})
+        print_json({"model": config.model, **report.as_json(), "seconds_per_epoch": seconds, "no_time_because": why})
     else:
         from rich.console import Console
 
@@ -103,7 +106,9 @@ def inspect(
         if seconds is not None:
             from fitune.train.progress_view import clock
 
-            print(f"\nAn epoch takes about {clock(seconds)} on this machine ({config.method}, default settings).")
+            print(f"\nAn epoch takes about {clock(seconds)} on this machine ({config.method}).")
+        elif why is not None:
+            print(f"\nHow long an epoch takes could not be estimated: {why}")
     if report.refused:
         raise typer.Exit(2)
 
@@ -289,8 +294,13 @@ def _sentence(found: Any) -> str:
     return str(own) if own is not None else f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
-def _epoch_seconds(config: RunConfig) -> float | None:
+def _epoch_seconds(config: RunConfig, data: TrainingData) -> tuple[float | None, str | None]:
+    """Of a run on this machine, or why nobody can say."""
+    from fitune.errors import FituneError
     from fitune.train.run import plan_run, prepare_run
 
     train = config.train.model_copy(update={"epochs": 1.0, "steps": None})
-    return plan_run(prepare_run(config.model_copy(update={"train": train}))).seconds
+    try:
+        return plan_run(prepare_run(config.model_copy(update={"train": train}), data=data)).seconds, None
+    except FituneError as error:
+        return None, str(error)

@@ -22,14 +22,18 @@ def encoding() -> Iterator[Watch]:
     from rich.text import Text
 
     console = Console(stderr=True)
-    begun = time.perf_counter()
-    told = begun
+    told = begun = time.perf_counter()
+    before: tuple[str, int] = ("", 0)  # the file, and its samples at `begun`
     shown = False
 
     def watch(file: str, samples: int) -> None:
-        nonlocal told, shown
+        nonlocal told, begun, before, shown
         now = time.perf_counter()
-        words = f"{file}: {samples:,} samples as tokens, {samples / max(1e-9, now - begun):,.0f} a second"
+        if file != before[0]:
+            begun, before = now, (file, samples)
+        words = f"{file}: {samples:,} samples as tokens"
+        if samples > before[1]:
+            words += f", {(samples - before[1]) / max(1e-9, now - begun):,.0f} a second"
         if console.is_terminal and now - told > 0.2:
             line = Text(words)
             line.truncate(console.width - 1, overflow="ellipsis")

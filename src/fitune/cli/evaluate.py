@@ -45,6 +45,7 @@ def command(
         problems.append(f"--html {html}: there is no folder {html.absolute().parent} to write it in")
     if problems:
         raise InputError(problems)
+    from fitune.cli.encoding_view import encoding
     from fitune.cli.output import print_json, print_warnings
     from fitune.cli.score_page import answering, print_scores, scores_json
     from fitune.train.comparing import check_evaluation, compare_with_base, evaluate_one
@@ -53,7 +54,8 @@ def command(
     found = find_trained(model, four_bit)
     config = _settings(found.config or default_config(model), data, task, database, max_new_tokens)
     print_warnings(found.source.warnings())
-    samples = check_evaluation(config, found.source)
+    with encoding() as watch:
+        samples = check_evaluation(config, found.source, watch)
     read = len(samples)
     samples = samples[:limit]
     built = found.build()

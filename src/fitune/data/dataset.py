@@ -189,8 +189,8 @@ def examine_data(
     seen = np.bincount(train.table_of(), minlength=len(tables))
     report = DataReport(
         files=tuple(
-            SourceFile(file.wanted.path, file.format, file.tally.samples, int(seen[place]))
-            for place, (_, file) in enumerate(read)
+            SourceFile(file.wanted.path, file.format, file.tally.samples, int(seen[place]), number >= len(sources))
+            for place, (number, file) in enumerate(read)
         ),
         samples=tally.samples,
         tokens=int(kept.lengths.sum(dtype=np.int64)),

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fitune.atomic import new_folder, remove_unfinished
+from fitune.atomic import new_folder
 from fitune.data.conversation import Sample
 from fitune.data.encoding_pool import EncodingSettings, encode_samples
 from fitune.data.reading import SampleReader
+from fitune.data.sources import kind_of
 from fitune.data.tally import Tally
 from fitune.data.token_table import TableWriter, TokenTable
 from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.hardware import detect, disk_free_bytes
-from fitune.models.cache import cache_folder, locked
+from fitune.models.cache import cache_folder, locked, remove_unfinished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +189,7 @@ def _name(wanted: Wanted, tokenizer: PreTrainedTokenizerBase, settings: Encoding
         "format": wanted.format,
         "columns": dict(wanted.columns or {}),
         "instruction": wanted.instruction,
-        "suffixes": Path(wanted.path).suffixes[-2:],
+        "kind": kind_of(Path(wanted.path)),
         "template": tokenizer.chat_template,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "versions": [importlib.metadata.version(name) for name in _DEPENDENCIES],

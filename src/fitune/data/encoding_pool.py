@@ -71,8 +71,8 @@ def encode_samples(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise FituneError(
-            f"one of the {processes} processes that tokenise was ended from outside, most likely for want of memory; "
-            "nothing was kept of its file. Free some memory and begin again"
+            f"one of the {processes} processes that tokenise crashed, or was ended from outside, as systems do that "
+            "are short of memory; nothing was kept of its file. Free some memory and begin again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -26,13 +26,15 @@ _SHOWN_CHARACTERS = 600
 class SourceFile:
     """One file that was read: its path, the format its records have, how many there are.
 
-    `epoch_samples`: how many samples of a training epoch are of it, after weights and shares and what is held out.
+    `epoch_samples`: how many samples of a training epoch are of it, after weights and shares and what is held out;
+    `is_validation`: whether it is only validated on.
     """
 
     path: str
     format: str
     samples: int
     epoch_samples: int
+    is_validation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,11 @@ def facts_of(report: DataReport) -> list[tuple[str, str]]:
     """Name and value of what there is to say in one line each."""
     share = 100 * report.trained_tokens / report.tokens if report.tokens else 0.0
     facts = [
-        (file.path, f"{file.samples:,} samples, format {file.format}; {file.epoch_samples:,} in an epoch")
+        (
+            file.path,
+            f"{file.samples:,} samples, format {file.format}; "
+            + ("for validation" if file.is_validation else f"{file.epoch_samples:,} in an epoch"),
+        )
         for file in report.files
     ]
     facts += [("tokens kept in", folder) for folder in report.kept_in]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,8 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "marks": ("<u4", 5),
 }
 
-# What is read of one sample at a time; these files stay open.
-_OF_ONE = ("tokens", "line", "marks")
+# Files that stay open, of all tables together; systems allow a process 1,024, or 256, and tables may be more.
+_OPEN_FILES = 96
 
 Columns = Mapping[str, NDArray[Any]]
 Places = NDArray[np.int64]
@@ -82,10 +82,8 @@ class TokenTable:
         self._path, self._unit = path, unit
         self._columns = columns if not isinstance(columns, Path) else {}
         self._folder = columns if isinstance(columns, Path) else None
-        self._files: dict[str, BinaryIO] = {}
-        if self._folder is not None:
-            # Read at a place, never mapped: mapped pages would count as this process's memory.
-            self._files = {name: open(self._folder / f"{name}.bin", "rb", buffering=0) for name in _OF_ONE}  # noqa: SIM115
+        # Another folder may come to lie there.
+        self._inode = 0 if self._folder is None else self._folder.stat().st_ino
         self.length = self._whole("length").astype(np.uint32)
         self.trained = self._whole("trained").astype(np.uint32)
         self._start = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
@@ -128,19 +126,37 @@ class TokenTable:
         return _shaped(np.fromfile(self._folder / f"{name}.bin", dtype=COLUMNS[name][0]), name)
 
     def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
-        if not self._files:
+        if self._folder is None:
             return self._columns[name][start : start + count]
+        file = _opened(self._folder / f"{name}.bin", self._inode)
         kind, width = COLUMNS[name]
         size = np.dtype(kind).itemsize * width
         parts, place, end = [], start * size, (start + count) * size
         while place < end:  # a read may come in parts
-            part = os.pread(self._files[name].fileno(), min(end - place, 1 << 30), place)
+            part = os.pread(file.descriptor, min(end - place, 1 << 30), place)
             if not part:
-                raise OSError(f"{self._files[name].name} is shorter than it was")
+                raise OSError(f"{file.path} is shorter than it was")
             parts.append(part)
             place += len(part)
         whole = parts[0] if len(parts) == 1 else b"".join(parts)
         return _shaped(np.frombuffer(whole, dtype=kind), name)
+
+
+class _OpenFile:
+    """Read at places, never mapped: mapped pages would count as this process's memory. Closed when nobody has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _opened(path: Path, of_folder: int) -> _OpenFile:
+    return _OpenFile(path)
 
 
 class TableWriter:

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fitune.atomic import new_folder, remove_unfinished
+from fitune.atomic import new_folder
 from fitune.errors import DiskFullError, FituneError, InputError
-from fitune.models.cache import cache_folder, locked
+from fitune.models.cache import cache_folder, locked, remove_unfinished
 from fitune.models.conversion import GraphTensors, Group, first_problems
 from fitune.models.graph import LEAST_QUANTISED_SHARE, build_graph, check_quantised_share, quantised_names
 from fitune.models.source import ModelSource

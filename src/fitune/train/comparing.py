@@ -9,6 +9,7 @@ from pathlib import Path
 from fitune.config.schema import RunConfig
 from fitune.data.conversation import Sample
 from fitune.data.dataset import load_training_data, original_samples, read_validation_file
+from fitune.data.encoded_file import Watch
 from fitune.data.reading import read_samples
 from fitune.errors import InputError
 from fitune.evaluate.task_evaluation import TaskEvaluation, check_samples, evaluate_task
@@ -25,8 +26,10 @@ from fitune.train.prepare import build_for_answers
 Bar = Callable[[str, int], AbstractContextManager[Progress]]
 
 
-def evaluation_samples(config: RunConfig, source: ModelSource) -> list[Sample]:
+def evaluation_samples(config: RunConfig, source: ModelSource, watch: Watch | None = None) -> list[Sample]:
     """What a run is judged on: `evaluate.data`, else the validation data, held out exactly as the run did.
+
+    `watch` hears how far it is, where all data are read for it.
 
     Raises InputError where neither is set, or the data cannot be read any more.
     """
@@ -36,13 +39,13 @@ def evaluation_samples(config: RunConfig, source: ModelSource) -> list[Sample]:
         return read_validation_file(config.data)
     if config.data.validation is None:
         raise InputError("this run held out no data; give a file with --data", where="data.validation")
-    data = load_training_data(config.data, source.tokenizer(), config.seed)
+    data = load_training_data(config.data, source.tokenizer(), config.seed, watch)
     return list(original_samples(data, data.validation))
 
 
-def check_evaluation(config: RunConfig, source: ModelSource) -> list[Sample]:
+def check_evaluation(config: RunConfig, source: ModelSource, watch: Watch | None = None) -> list[Sample]:
     """The samples, after everything that can be wrong with them was looked for: before anything is trained."""
-    samples = evaluation_samples(config, source)
+    samples = evaluation_samples(config, source, watch)
     database = None if config.evaluate.database is None else Path(config.evaluate.database)
     check_samples(samples, config.evaluate.task, database)
     return samples

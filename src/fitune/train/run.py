@@ -98,9 +98,12 @@ class Outcome:
 
 
 def prepare_run(
-    config: RunConfig, choose: bool = True, with_time: bool = True, watch: Watch | None = None
-) -> Prepared:
+    config: RunConfig, choose: bool = True, with_time: bool = True, watch: Watch | None = None,
+    data: TrainingData | None = None,
+) -> Prepared:  # fmt: skip
     """Finds the model, reads and encodes the data (`watch` hears how far), resolves the computation, sets threads.
+
+    `data`: where they have been read already, as the run file says.
 
     Where the run has a memory budget or method auto, its settings are chosen to fit, and the plan made, unless not
     to `choose`: a resumed run has the settings that it began with. Raises InputError where nothing fits.
@@ -117,7 +120,8 @@ def prepare_run(
         )
     graph = build_graph(source.config, computation.dtype)
     config = _with_its_adapter(config, source, graph)
-    data = load_training_data(config.data, tokenizer, config.seed, watch)
+    if data is None:
+        data = load_training_data(config.data, tokenizer, config.seed, watch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     unpacked = obstacle(graph) if config.data.pack else None
     pack = config.data.pack and unpacked is None
