@@ -193,7 +193,7 @@ def main() -> int:
         size = file.stat().st_size
         clock = Clock()
         clock.say(f"{size / 1e9:.2f} GB written")
-        shown = ["data", "inspect", str(file), "--json", "--over-length", over_length]
+        shown = ["data", "inspect", str(file), "--json", "--no-time", "--over-length", over_length]
         inspect = [sys.executable, "-m", "fitune", *shown, "--max-tokens", str(options.max_tokens)]
         worker = [
             sys.executable,
