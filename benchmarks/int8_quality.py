@@ -42,7 +42,7 @@ from fitune.plan.computation import choose_computation
 from fitune.step.optimizer import make_optimizer
 from fitune.step.schedule import Schedule
 from fitune.step.update import update
-from fitune.train.loop import Rows, validation_loss
+from fitune.train.loop import Rows, validate
 from fitune.train.prepare import build_for_training
 from fitune.train.run import machine
 
@@ -118,14 +118,14 @@ def train(
         settings.optimizer, model.trainable, settings.betas, settings.weight_decay, model.backend
     )
     schedule = Schedule(settings.schedule, settings.learning_rate, settings.steps, settings.warmup_share)
-    losses, validation, seconds = [], [(0, validation_loss(model, held_out, rows))], 0.0
+    losses, validation, seconds = [], [(0, validate(model, held_out, rows).loss)], 0.0
     for number, (_, step_rows) in enumerate(rows.steps(settings.epochs, settings.steps)):
         begun = time.perf_counter()
         result = update(model, rows.batches(step_rows), optimizer, schedule.rate(number), settings.max_grad_norm)
         seconds += time.perf_counter() - begun
         losses.append(result.loss)
         if (number + 1) % every == 0 or number + 1 == settings.steps:
-            validation.append((number + 1, validation_loss(model, held_out, rows)))
+            validation.append((number + 1, validate(model, held_out, rows).loss))
             mean = statistics.fmean(losses[-every:])
             said = f"{variant}, seed {config.seed}, step {number + 1}: held-out {validation[-1][1]:.4f}"
             pace = f"last training losses {mean:.4f}, {seconds / (number + 1):.2f} s a step"

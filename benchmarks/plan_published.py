@@ -145,7 +145,7 @@ def planned(published: Published) -> Row:
     config = model_config(published.model)
     machine = machine_of(published)
     workload = Workload(0, 0, published.row_tokens, 1.0, published.row_tokens)
-    rate = LEARNING_RATES[published.method]
+    rate = LEARNING_RATES["supervised"][published.method]
     try:
         plan = plan_for(run_settings(published), published.model, config, machine, workload, rate)
     except FituneError as error:

@@ -36,3 +36,11 @@ def test_training_on_the_prompt() -> None:
 @pytest.mark.parametrize(("train", "count"), [({"epochs": 20.0}, 1), ({"epochs": 3.0}, 0), ({"steps": 9}, 0)])
 def test_many_epochs(train: dict[str, Any], count: int) -> None:
     assert len(list(cautions(config_of(train=train)))) == count
+
+
+def test_preferences() -> None:
+    (said,) = cautions(config_of(train={"objective": "dpo", "learning_rate": 2e-4}))
+    assert "dpo takes about 5e-6" in said
+    assert not list(cautions(config_of(train={"objective": "dpo", "learning_rate": 5e-6})))
+    (said,) = cautions(config_of(train={"objective": "dpo"}, lora={"start_from": "runs/first"}))
+    assert "merge it first" in said

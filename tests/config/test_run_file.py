@@ -355,6 +355,9 @@ evaluate:
             "train:\n  compute: int8\nlora:\n  dropout: 0.1\n",
             "line 4: train.compute: int8 does not cover dropout",
         ),
+        ("method: full\ntrain:\n  objective: dpo\n", "line 5: train.objective: dpo compares with the base"),
+        ("train:\n  beta: 0.2\n", "line 4: train.beta: has no effect on supervised training"),
+        ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on preference pairs"),
         ("train:\n  steps: 5\n  epochs: 2\n", "line 4: train.steps: given together with train.epochs"),
         (
             "train:\n  validate_every_steps: 5\n",

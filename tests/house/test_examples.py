@@ -33,7 +33,7 @@ def first_entries(source: Path, target: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, shared_data: Path) -> Path:
-    for name in ("translation", "summarisation", "instructions", "reading"):
+    for name in ("translation", "summarisation", "instructions", "reading", "preferences"):
         (tmp_path / name).mkdir()
     pairs = shared_data / "multi30k_de_en" / "raw"
     for ours, theirs in (("train", "train"), ("validation", "val"), ("test", "test_2016_flickr")):
@@ -50,6 +50,7 @@ def folder(tmp_path: Path, shared_data: Path) -> Path:
     first_entries(demo / "alpaca_en_demo.json", tmp_path / "instructions" / "english.json")
     first_entries(demo / "alpaca_zh_demo.json", tmp_path / "instructions" / "chinese.json")
     first_entries(demo / "alpaca_en_demo.json", tmp_path / "reading" / "instructions.json")
+    first_entries(demo / "dpo_en_demo.json", tmp_path / "preferences" / "pairs.json")
     shutil.copy(demo / "wiki_demo.txt", tmp_path / "reading" / "documents.txt")
     return tmp_path
 
@@ -59,7 +60,9 @@ def test_its_data_can_be_trained_on(folder: Path, example: Path) -> None:
     run = folder / example.name
     shutil.copy(example, run)
     config = load(run)
-    data = load_training_data(config.data, find_model("bundled").tokenizer(), config.seed)
+    data = load_training_data(
+        config.data, find_model("bundled").tokenizer(), config.seed, objective=config.train.objective
+    )
     assert data.train
     assert data.validation
     assert data.report.end_token_share == 1.0 or data.report.cut
@@ -86,4 +89,4 @@ def test_it_trains(folder: Path, example: Path) -> None:
 
 def test_the_page_and_the_folder_agree() -> None:
     headings = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").count("\n## ")
-    assert len(EXAMPLES) == headings == 4
+    assert len(EXAMPLES) == headings == 5

@@ -13,6 +13,7 @@ from fitune.kernels.segments import Scratch
 GUARD_BYTES = 1 << 20
 UNTOUCHED = 0xA5
 
+
 # More threads than cores once, with the best instruction set; the reruns with others have less time.
 @pytest.fixture(params=[1, 2] if os.environ.get("FITUNE_INSTRUCTION_SET") else [1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:

@@ -16,6 +16,7 @@ from tiny_runs import config_of, run, stop_after
 
 from fitune.config.schema import RunConfig
 from fitune.errors import FituneError, InputError, Interrupted
+from fitune.step.objective import Measured
 from fitune.train import loop
 from fitune.train.best_weights import best_step
 from fitune.train.checkpoint import list_checkpoints
@@ -142,7 +143,7 @@ def validated(place: Path, *more: str) -> RunConfig:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
     """Validation losses by the step after which they are taken."""
-    monkeypatch.setattr(loop, "validation_loss", lambda model, samples, rows: next(found))
+    monkeypatch.setattr(loop, "validate", lambda model, samples, rows, objective: Measured(next(found), None, None))
     found = iter(losses.values())
 
 

@@ -87,7 +87,8 @@ def inspect(
     config = _run_of(files, found, _columns(columns), instruction, data, model)
     source = find_model(config.model)
     with encoding() as watch:
-        examined = examine_data(config.data, source.tokenizer(), config.seed, watch)
+        objective = config.train.objective if config.model_fields_set & {"train"} else None
+        examined = examine_data(config.data, source.tokenizer(), config.seed, watch, objective)
     report = examined.data.report
     seconds, why = _epoch_seconds(config, examined.data) if with_time and not report.refused else (None, None)
     if html is not None:

@@ -51,9 +51,12 @@ def _lengths(report: DataReport) -> str:
 
 
 def _sample(view: SampleView) -> str:
-    pieces = "".join(
-        f"<mark>{escape(piece.text)}</mark>" if piece.is_trained else escape(piece.text) for piece in view.pieces
-    )
+    pieces = ""
+    was_worse = False
+    for piece in view.pieces:
+        pieces += "\n<strong>the worse answer</strong> " if piece.is_worse and not was_worse else ""
+        pieces += f"<mark>{escape(piece.text)}</mark>" if piece.is_trained else escape(piece.text)
+        was_worse = piece.is_worse
     return f'<h3>{escape(view.origin)}</h3><p class="sample">{pieces}</p>'
 
 

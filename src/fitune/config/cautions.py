@@ -9,6 +9,7 @@ from fitune.config.schema import RunConfig
 # Every weight learns at about a twentieth of an adapter's rate: 1e-5 to 5e-5 in the recipes of Llama 2, Alpaca and
 # Qwen, beside 1e-4 to 3e-4 in those of LoRA and QLoRA; SmolLM2's smallest takes 1e-3 (config/recommended.py).
 FULL_RATE, ADAPTER_RATE = 1e-4, 2e-5
+DPO_RATE = 1e-4
 # Instruction sets are learnt in one to three epochs (Guanaco, Alpaca); a hundred thousand times is by heart.
 MANY_EPOCHS = 10.0
 
@@ -22,10 +23,20 @@ def cautions(config: RunConfig) -> Iterator[str]:
             f"train.learning_rate {rate:g} is an adapter's; when all weights of a model of billions learn, 1e-5 to "
             "5e-5 is usual, and more forgets or diverges (small models bear more)"
         )
-    if rate is not None and config.method != "full" and rate <= ADAPTER_RATE:
+    if rate is not None and train.objective == "supervised" and config.method != "full" and rate <= ADAPTER_RATE:
         yield (
             f"train.learning_rate {rate:g} is one for all weights; an adapter learns little below 1e-4 "
             "(2e-4 is usual)"
+        )
+    if rate is not None and train.objective == "dpo" and rate >= DPO_RATE:
+        yield (
+            f"train.learning_rate {rate:g} is one for learning answers; dpo takes about 5e-6, at most 5e-5, and "
+            "with more unlearns how to answer while it learns what not to"
+        )
+    if train.objective == "dpo" and config.lora.start_from is not None:
+        yield (
+            "lora.start_from: dpo compares with the base without any adapter; to compare with what the adapter makes "
+            "of it, merge it first (fitune merge) and take the merged model"
         )
     if data.train_on == "all" and not _is_text(config):
         yield "data.train_on: all learns the questions too; assistant, the default, learns the answers only"

@@ -85,6 +85,22 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
                 "lower train.micro_batch, or give more",
             )
     fields = type(train).model_fields
+    if train.objective == "dpo" and config.method == "full":
+        yield Conflict(
+            "train.objective",
+            ("method",),
+            "dpo compares with the base, which method full changes; take method lora or qlora, or objective orpo",
+        )
+    if train.objective == "supervised" and train.beta != fields["beta"].default:
+        yield Conflict(
+            "train.beta", ("train.objective",), "has no effect on supervised training; it is of dpo and orpo"
+        )
+    if train.objective != "supervised" and data.train_on != type(data).model_fields["train_on"].default:
+        yield Conflict(
+            "data.train_on",
+            ("train.objective",),
+            "has no effect on preference pairs: of these the answers are trained",
+        )
     for name, kind in (("schedule_power", "polynomial"), ("schedule_cycles", "cosine_restarts")):
         if getattr(train, name) != fields[name].default and train.schedule != kind:
             yield Conflict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,17 +20,24 @@ class Batch:
         documents: [n, 5] int32, one line each: row, start, stop (tokens of that row), and prefix_start,
             prefix_stop: the tokens of the same row that the document continues and attends to (equal: none).
             Every token belongs to one document; padding at a row's end is one of weight 0.
+        pairs: [p, 2] int64: of every preference pair the documents of its better and its worse answer.
     """
 
     tokens: Tensor
     positions: Tensor
     weights: Tensor
     documents: Tensor
+    pairs: Tensor = field(default_factory=lambda: torch.empty((0, 2), dtype=torch.int64))
 
     @property
     def trained_tokens(self) -> int:
         """How many tokens have a non-zero weight."""
         return int(torch.count_nonzero(self.weights))
+
+    def document_of(self, places: Tensor) -> Tensor:
+        """The document that each of some places of the flattened rows belongs to; [n] int64."""
+        starts = self.documents[:, 0].long() * self.tokens.shape[1] + self.documents[:, 1]
+        return torch.searchsorted(starts, places, right=True) - 1
 
     @property
     def bounds(self) -> Tensor:

@@ -38,13 +38,16 @@ def collate(
     tokens = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     positions = torch.zeros((len(rows), longest), dtype=torch.int64)
     weights = torch.zeros((len(rows), longest), dtype=torch.float32)
-    documents = []
+    documents: list[tuple[int, ...]] = []
+    pairs: list[tuple[int, int]] = []
     for number, pieces in enumerate(laid):
         for piece in pieces:
             own = slice(piece.start, piece.stop)
             part = slice(piece.skip, piece.skip + piece.stop - piece.start)
             tokens[number, own] = torch.tensor(piece.sample.tokens[part])
-            positions[number, own] = torch.arange(part.start, part.stop)
+            positions[number, own] = torch.arange(piece.position, piece.position + part.stop - part.start)
+            if piece.is_worse:
+                pairs.append((len(documents) - 1, len(documents)))
             weights[number, own] = torch.tensor(piece.sample.trained[part], dtype=torch.float32)
             if piece.skip and piece.sample.trained[piece.skip]:
                 raise ValueError("a sample's first token after a shared beginning is trained")
@@ -54,18 +57,26 @@ def collate(
         if stop < longest:
             positions[number, stop:] = torch.arange(longest - stop)
             documents.append((number, stop, longest, 0, 0))
-    return Batch(tokens, positions, weights, torch.tensor(documents, dtype=torch.int32))
+    return Batch(
+        tokens, positions, weights, torch.tensor(documents, dtype=torch.int32),
+        torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+    )  # fmt: skip
 
 
 class _Piece:
-    """A stretch of a row: tokens `skip`, `skip` + 1, ... of `sample` at [start, stop), continuing `prefix`."""
+    """A stretch of a row: tokens `skip`, `skip` + 1, ... of `sample` at [start, stop), continuing `prefix`.
 
-    __slots__ = ("prefix", "sample", "skip", "start", "stop")
+    `position` of the first one; `is_worse`: a pair's worse answer, after its better one.
+    """
+
+    __slots__ = ("is_worse", "position", "prefix", "sample", "skip", "start", "stop")
 
     def __init__(
-        self, sample: EncodedSample, skip: int, length: int, start: int, prefix: tuple[int, int] = (0, 0)
-    ) -> None:
+        self, sample: EncodedSample, skip: int, length: int, start: int, prefix: tuple[int, int] = (0, 0),
+        position: int | None = None,
+    ) -> None:  # fmt: skip
         self.sample, self.skip, self.start, self.stop, self.prefix = sample, skip, start, start + length, prefix
+        self.position, self.is_worse = skip if position is None else position, position is not None
 
 
 def _lay_out(row: Sequence[EncodedSample], shared: Sequence[tuple[int, int]] | None) -> list[_Piece]:
@@ -76,6 +87,8 @@ def _lay_out(row: Sequence[EncodedSample], shared: Sequence[tuple[int, int]] | N
         members = [sample for sample, _ in run]
         prefix = (0, 0)
         if group >= 0 and len(members) > 1:
+            if any(one.worse_from for one in members):
+                raise ValueError(f"a preference pair in group {group}: pairs share nothing with others")
             beginning = members[0].tokens[:common]
             if any(len(one) <= common or one.tokens[:common] != beginning for one in members):
                 raise ValueError(f"samples of group {group} do not share their first {common} tokens")
@@ -85,7 +98,20 @@ def _lay_out(row: Sequence[EncodedSample], shared: Sequence[tuple[int, int]] | N
             prefix = (place, place + common)
             place += common
         for sample in members:
+            if sample.worse_from:
+                pieces += _pair(sample, place)
+                place = pieces[-1].stop
+                continue
             skip = prefix[1] - prefix[0]
             pieces.append(_Piece(sample, skip, len(sample) - skip, place, prefix))
             place = pieces[-1].stop
     return pieces
+
+
+def _pair(sample: EncodedSample, place: int) -> list[_Piece]:
+    """What comes before both answers, once; and both answers, which do not see each other."""
+    fork, worse = sample.fork, sample.worse_from
+    prefix = (place, place + fork) if fork else (0, 0)
+    pieces = [_Piece(sample, 0, fork, place)] if fork else []
+    better = _Piece(sample, fork, worse - fork, place + fork, prefix)
+    return [*pieces, better, _Piece(sample, worse, len(sample) - worse, better.stop, prefix, position=fork)]

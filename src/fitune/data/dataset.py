@@ -15,7 +15,7 @@ from fitune.data.conversation import Sample
 from fitune.data.encoded_file import EncodedFile, Wanted, Watch, bytes_of, check_file, encode_file
 from fitune.data.encoding import Encoder, TrainOn, encoder_for
 from fitune.data.encoding_pool import EncodingSettings
-from fitune.data.formats import FORMATS, TRAINABLE
+from fitune.data.formats import FORMATS
 from fitune.data.hub_files import fetch, is_on_hub
 from fitune.data.length import OverLength
 from fitune.data.mixing import repeated, set_weights
@@ -106,26 +106,30 @@ class Examined:
 
 
 def load_training_data(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, watch: Watch | None = None
-) -> TrainingData:
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, watch: Watch | None = None,
+    objective: str | None = "supervised",
+) -> TrainingData:  # fmt: skip
     """Reads every file, encodes every sample, applies the length policy and splits off the validation set.
 
     The same files, settings, tokenizer and seed give the same samples in the same order. `watch` hears how far it is.
+    `objective`: the run file's `train.objective`; None: any that learns from all the files.
 
     Raises:
-        InputError: a file or sample cannot be used (all of them are named, up to a limit and then counted);
-            nothing is left to train on; more than `NOTHING_TO_TRAIN_SHARE` of the samples have no trained
-            token; a trained answer has no end-of-turn token; or the validation set is the training set.
+        InputError: a file or sample cannot be used (all of them are named, up to a limit and then counted); a
+            file is not what the objective learns from; nothing is left to train on; more than
+            `NOTHING_TO_TRAIN_SHARE` of the samples have no trained token; a trained answer has no end-of-turn
+            token; or the validation set is the training set.
     """
-    examined = examine_data(data, tokenizer, seed, watch)
+    examined = examine_data(data, tokenizer, seed, watch, objective)
     if examined.refusals:
         raise examined.refusals[0]
     return examined.data
 
 
 def examine_data(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, watch: Watch | None = None
-) -> Examined:
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, watch: Watch | None = None,
+    objective: str | None = "supervised",
+) -> Examined:  # fmt: skip
     """As `load_training_data`, with what would be refused beside what was found.
 
     Raises:
@@ -147,7 +151,7 @@ def examine_data(
     tally, checked = Tally(), Tally()
     for number, file in read:
         (tally if number < len(sources) else checked).add(file.tally)
-    refusals = [_untrainable_format(file) for _, file in read if FORMATS[file.format].objective]
+    refusals = list(_untrainable([file for _, file in read], objective))
     problems = _problems([file for number, file in read if number < len(sources)])
     refusals += _refused(tally, kept, problems, data)
     groups, first = groups_of(everything.keys())
@@ -254,12 +258,23 @@ def _sources(data: DataSettings) -> list[SourceSettings]:
     return [*data.train, *replay]
 
 
-def _untrainable_format(file: EncodedFile) -> InputError:
-    kind = FORMATS[file.format].objective
-    return InputError(
-        f"these are {kind}, which this version cannot train; trained are {', '.join(TRAINABLE)}",
-        where=file.wanted.path,
-    )
+def _untrainable(files: Sequence[EncodedFile], objective: str | None) -> Iterator[InputError]:
+    """Why the objective cannot learn from files of their formats."""
+    wanted = FORMATS[files[0].format].trained_by if objective is None and files else (objective,)
+    for file in files:
+        known = FORMATS[file.format]
+        if set(known.trained_by) & set(wanted):
+            continue
+        what = f"these are {known.objective or f'samples of the format {known.name}'}"
+        if not known.trained_by:
+            trained = ", ".join(name for name, other in FORMATS.items() if other.trained_by)
+            sentence = f"{what}, which this version cannot train; trained are {trained}"
+        elif objective is None:
+            sentence = f"{what}, and {files[0].wanted.path} holds others; a run learns from one kind"
+        else:
+            named = " or ".join(known.trained_by)
+            sentence = f"{what}, which train.objective {objective} cannot learn from; set it to {named}"
+        yield InputError(sentence, where=file.wanted.path)
 
 
 def _refuse_template(encoder: Encoder, wanted: Sequence[Sequence[Wanted]], data: DataSettings) -> None:

@@ -35,6 +35,9 @@ class EncodedSample:
         lost_characters: how many of its characters the vocabulary cannot write (or runs of them).
         is_cut: whether the over-length policy shortened it.
         lost_end: whether that took the end of the text or of the last answer.
+        worse_from: of a preference pair, where the tokens of the worse answer begin, after all of the better one's;
+            0: it is no pair.
+        fork: of a pair, how many of the first tokens come before both answers.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +48,8 @@ class EncodedSample:
     lost_characters: int = 0
     is_cut: bool = False
     lost_end: bool = False
+    worse_from: int = 0
+    fork: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -78,6 +83,8 @@ class Encoder:
         try:
             if sample.text is not None:
                 return self._encode_text(sample.text, sample.origin)
+            if sample.rejected:
+                return self._encode_pair(sample, system)
             messages = with_system(sample.messages, system)
             return self._encode_messages(messages, sample.tools, train_on, sample.origin)
         except InputError as error:
@@ -105,6 +112,32 @@ class Encoder:
             origin,
             control_tokens_in_text=count,
             lost_characters=encoded.unknown + self.template.control_tokens.lost_characters(text),
+        )
+
+    def _encode_pair(self, sample: Sample, system: str | None) -> EncodedSample:
+        """Of both conversations only what they do not share is trained."""
+        pair = sample.messages, sample.rejected
+        shared = _common(*pair)
+        better, worse = (
+            self._encode_messages(
+                with_system((*map(_untrained, messages[:shared]), *messages[shared:]), system),
+                sample.tools, "assistant", sample.origin,
+            )
+            for messages in pair
+        )  # fmt: skip
+        # The token after the fork cannot be trained: the fork's last one would have to predict it for both.
+        fork = max(
+            0, min(_common(better.tokens, worse.tokens), *(_first_trained(one) - 1 for one in (better, worse)))
+        )
+        return EncodedSample(
+            better.tokens + worse.tokens[fork:],
+            better.trained + worse.trained[fork:],
+            sample.origin,
+            without_end_token=better.without_end_token + worse.without_end_token,
+            control_tokens_in_text=better.control_tokens_in_text + worse.control_tokens_in_text,
+            lost_characters=better.lost_characters + worse.lost_characters,
+            worse_from=len(better),
+            fork=fork,
         )
 
     def _encode_messages(
@@ -155,6 +188,20 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
     }
 
 
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many entries both begin with."""
+    same = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(same, min(len(one), len(other)))
+
+
+def _untrained(message: Message) -> Message:
+    return replace(message, trained=False) if message.role == "assistant" else message
+
+
+def _first_trained(encoded: EncodedSample) -> int:
+    return encoded.trained.index(True) if True in encoded.trained else len(encoded)
+
+
 def _cuts(render: Render) -> list[int]:
     return sorted({turn.start for turn in render.turns if turn.start})
 
@@ -195,8 +242,8 @@ def encode(
     """One sample -> its tokens and which of them are trained.
 
     Args:
-        sample: a conversation, written with the tokenizer's own chat template, or plain text, of which every
-            token is trained and an end-of-text token added.
+        sample: a conversation, written with the tokenizer's own chat template; a preference pair, of which the
+            answers are trained; or plain text, of which every token is trained and an end-of-text token added.
         tokenizer: a fast tokenizer.
         train_on: "assistant": every turn of the assistant with its end-of-turn token; "last_assistant": the
             last one only; "all": every token. `Message.trained` overrides it for its turn.

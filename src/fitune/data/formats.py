@@ -23,7 +23,8 @@ class Format:
         keys: the keys that make a record this format, all of them needed.
         convert: record -> sample, without its origin.
         optional: keys that the conversion reads when they are there.
-        objective: what such samples are trained with; "": one answer after another, as it stands there.
+        objective: what such samples are; "": conversations and texts, to be learnt as they stand there.
+        trained_by: the run file's `train.objective`s that learn from them.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Format:
     convert: Callable[[Mapping[str, Any]], Sample]
     optional: tuple[str, ...] = ()
     objective: str = ""
+    trained_by: tuple[str, ...] = ("supervised",)
 
 
 def _with_system(record: Mapping[str, Any], messages: list[Message]) -> tuple[Message, ...]:
@@ -170,12 +172,12 @@ FORMATS: Mapping[str, Format] = {
         Format("text", ("text",), _plain),
         Format(
             "preference", ("chosen", "rejected"), _preference, (*_QUESTIONS, "input", "history", *_CHAT),
-            "preference pairs",
+            "preference pairs", ("dpo", "orpo"),
         ),
         Format(
             "kto", ("label",), _judged,
             (*LABELS, *_QUESTIONS, "output", "completion", "answer", "input", "history", *_CHAT),
-            "answers labelled good or bad",
+            "answers labelled good or bad", (),
         ),
     )
 }  # fmt: skip

@@ -94,6 +94,12 @@ def fit_length(
         )
     if policy == "drop":
         return Fitted(None, full, f"{full} tokens, dropped")
+    if sample.rejected:
+        raise InputError(
+            f"{full} tokens in both answers and what comes before, but a row holds {max_tokens} (data.max_tokens), "
+            'and a pair is not cut; raise max_tokens, or set data.over_length to "drop"',
+            where=str(sample.origin) if sample.origin else None,
+        )
     if sample.text is not None:
         return Fitted(cut_to(encoded, max_tokens), full, f"{full} tokens, the text's end cut")
     return _cut(replace(sample, messages=with_system(sample.messages, system)), encoder, max_tokens, train_on, full)

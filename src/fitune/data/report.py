@@ -52,11 +52,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of tokens with one flag, as text."""
+    """A run of tokens with one flag, as text; `is_worse`: of a preference pair's worse answer."""
 
     text: str
     is_trained: bool
     tokens: int
+    is_worse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,15 +220,16 @@ def length_histogram(lengths: NDArray[np.uint32]) -> tuple[tuple[int, int], ...]
 
 
 def view_of(sample: EncodedSample, tokenizer: PreTrainedTokenizerBase) -> SampleView:
-    """One encoded sample as text, cut where the trained flag changes."""
+    """One encoded sample as text, cut where the trained flag changes, and where a pair's worse answer begins."""
     pieces = []
     start = 0
     for end in range(1, len(sample) + 1):
-        if end == len(sample) or sample.trained[end] != sample.trained[start]:
+        if end in (len(sample), sample.worse_from) or sample.trained[end] != sample.trained[start]:
             text = tokenizer.decode(
                 list(sample.tokens[start:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
-            pieces.append(Piece(text, sample.trained[start], end - start))
+            is_worse = bool(sample.worse_from) and start >= sample.worse_from
+            pieces.append(Piece(text, sample.trained[start], end - start, is_worse))
             start = end
     return SampleView(_place(sample.origin), tuple(pieces))
 
@@ -247,6 +249,7 @@ def _coloured(view: SampleView) -> Text:
     from rich.text import Text
 
     text = Text()
+    was_worse = False
     for piece in view.pieces:
         shown = piece.text
         if len(shown) > _SHOWN_CHARACTERS:
@@ -254,8 +257,11 @@ def _coloured(view: SampleView) -> Text:
             shown = f"{shown[:half]} ... {len(shown) - 2 * half} characters ... {shown[-half:]}"
         # Control characters would act on the terminal; they are shown as pictures.
         shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in shown)
+        if piece.is_worse and not was_worse:
+            text.append("\n[the worse answer] ", style="bold")
+        was_worse = piece.is_worse
         if piece.is_trained:
-            text.append(f"⟦{shown}⟧", style="bold green")
+            text.append(f"⟦{shown}⟧", style="bold red" if piece.is_worse else "bold green")
         else:
             text.append(shown, style="dim")
     return text

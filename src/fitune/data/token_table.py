@@ -27,7 +27,7 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "number": ("<u8", 1),
     "key": ("<u8", 1),
     "key2": ("<u8", 1),
-    "marks": ("<u4", 5),
+    "marks": ("<u4", 7),
 }
 
 # Files that stay open, of all tables together; systems allow a process 1,024, or 256, and tables may be more.
@@ -44,8 +44,12 @@ def packed(samples: Sequence[EncodedSample], numbers: Sequence[int] | None = Non
         for sample in samples
     ]
     marks = [
-        (s.without_end_token, s.control_tokens_in_text, s.lost_characters, s.is_cut, s.lost_end) for s in samples
-    ]
+        (
+            s.without_end_token, s.control_tokens_in_text, s.lost_characters, s.is_cut, s.lost_end,
+            s.worse_from, s.fork,
+        )
+        for s in samples
+    ]  # fmt: skip
     keys = [_key(word) for word in words]
     columns = {
         "tokens": np.concatenate(words) if words else [],
@@ -94,7 +98,8 @@ class TokenTable:
     def __getitem__(self, index: int) -> EncodedSample:
         words = self._read("tokens", int(self._start[index]), int(self.length[index])).astype(np.uint32)
         line = int(self._read("line", index, 1)[0])
-        without_end, control, lost, is_cut, lost_end = self._read("marks", index, 1)[0].tolist()
+        marks = self._read("marks", index, 1)[0].tolist()
+        without_end, control, lost, is_cut, lost_end, worse_from, fork = marks
         return EncodedSample(
             tuple((words & np.uint32(_TRAINED - 1)).tolist()),
             tuple((words >= np.uint32(_TRAINED)).tolist()),
@@ -104,6 +109,8 @@ class TokenTable:
             lost,
             bool(is_cut),
             bool(lost_end),
+            worse_from,
+            fork,
         )
 
     def numbers(self) -> NDArray[Any]:

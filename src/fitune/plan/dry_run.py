@@ -34,6 +34,7 @@ from fitune.plan.live_bytes import LiveBytes, Stretch, Stretches
 from fitune.plan.parts import Parts, settle_parts, use_parts
 from fitune.plan.small_model import small_model
 from fitune.step.fresh_states import FRESH
+from fitune.step.objective import objective_of
 from fitune.step.optimizer import make_optimizer
 from fitune.step.paged_gradients import SLICE
 from fitune.step.paged_optimizer import paged_bytes
@@ -312,7 +313,9 @@ def _probe(
                 return None
             _update(optimizer)
         updated = clock.lap()
-        times.append(sum(passes[0]) + sum(passes[1]) + share * updated)
+        # A reference is a forward pass more, whose memory a training step's exceeds.
+        forwards = 2 if objective_of(run.train.objective, run.train.beta).needs_reference else 1
+        times.append(forwards * sum(passes[0]) + sum(passes[1]) + share * updated)
         spent += clock.now - start
     rooms.clear()
     measured = times[1:] or times

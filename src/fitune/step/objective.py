@@ -1,10 +1,185 @@
-"""Losses as functions of per-token log-probabilities and weights."""
+"""What a step makes smaller, as a function of per-token log-probabilities: for single answers and for pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fitune.data.batch import Batch
+from fitune.errors import FituneError
+from fitune.fuse.model import FusedModel
+from fitune.kernels.rooms import a_pass
 
 
-def supervised(logprobs: Tensor, weights: Tensor) -> Tensor:
-    """Sum of the negative log-probabilities [n], each times its weight [n]; the caller divides by their total."""
-    return -(logprobs * weights).sum()
+@dataclass(frozen=True)
+class Sums:
+    """Of one micro-batch.
+
+    Attributes:
+        terms: the objective's parts, each a sum over the micro-batch, to be divided by the step's `counts`.
+        right: in how many pairs the better answer gained more than the worse one.
+        margin: by how much, summed over the pairs.
+    """
+
+    terms: tuple[Tensor, ...]
+    right: float = 0.0
+    margin: float = 0.0
+
+
+class Objective(Protocol):
+    """A sum over micro-batches of terms, each divided by a count over all of them: so no split changes the step."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it looks at what the base makes of the same tokens."""
+
+    def counts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the terms of a step are divided by, this micro-batch's part of it."""
+
+    def sums(self, logprobs: Tensor, weights: Tensor, batch: Batch, reference: Tensor | None) -> Sums:
+        """From log-probabilities [n] of the tokens of non-zero weight, differentiable, and the reference's [n]."""
+
+
+class Supervised:
+    """The mean negative log-probability of the trained tokens."""
+
+    needs_reference = False
+
+    def counts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tokens' weights."""
+        return (batch.weights.sum(),)
+
+    def sums(self, logprobs: Tensor, weights: Tensor, batch: Batch, reference: Tensor | None = None) -> Sums:
+        """As of all objectives."""
+        return Sums((-(logprobs * weights).sum(),))
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation (arXiv 2305.18290, equation 7): -log sigmoid(beta (gain of better - of worse)).
+
+    A gain is how much likelier the model makes an answer than the reference does: log pi(y|x) - log pi_ref(y|x).
+    """
+
+    beta: float
+    needs_reference = True
+
+    def counts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The pairs."""
+        return (_pairs(batch),)
+
+    def sums(self, logprobs: Tensor, weights: Tensor, batch: Batch, reference: Tensor | None) -> Sums:
+        """As of all objectives."""
+        assert reference is not None
+        gains, _ = _of_answers(logprobs - reference, weights, batch)
+        margins = self.beta * (gains[:, 0] - gains[:, 1])
+        return _judged((-logsigmoid(margins).sum(),), margins)
+
+
+@dataclass(frozen=True)
+class ORPO:
+    """Odds ratio preference optimisation (arXiv 2403.07691, equation 6): supervised on the better answer, and
+    -beta log sigmoid(log odds of better - of worse).
+
+    The odds of an answer are p / (1 - p), p being the geometric mean of its tokens' probabilities.
+    """
+
+    beta: float
+    needs_reference = False
+
+    def counts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The better answers' tokens, and the pairs."""
+        places = batch.weights.reshape(-1).nonzero().squeeze(1)
+        is_better = torch.isin(batch.document_of(places), batch.pairs[:, 0])
+        return is_better.sum().float(), _pairs(batch)
+
+    def sums(self, logprobs: Tensor, weights: Tensor, batch: Batch, reference: Tensor | None = None) -> Sums:
+        """As of all objectives."""
+        totals, tokens = _of_answers(logprobs, weights, batch)
+        means = totals / tokens.clamp(min=1)
+        odds = means - torch.log1p(-torch.exp(means.clamp(max=-1e-6)))
+        margins = odds[:, 0] - odds[:, 1]
+        return _judged((-totals[:, 0].sum(), -self.beta * logsigmoid(margins).sum()), margins)
+
+
+SUPERVISED = Supervised()
+PAIRED: dict[str, Callable[[float], Objective]] = {"dpo": DPO, "orpo": ORPO}
+
+
+def objective_of(name: str, beta: float) -> Objective:
+    """The objective of a run file's `train.objective` and `train.beta`."""
+    return SUPERVISED if name == "supervised" else PAIRED[name](beta)
+
+
+def _pairs(batch: Batch) -> Tensor:
+    return torch.tensor(float(len(batch.pairs)))
+
+
+def _of_answers(values: Tensor, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums over each answer's tokens of values [n] times their weights, and the weights' sums; both [p, 2]."""
+    places = batch.weights.reshape(-1).nonzero().squeeze(1)
+    documents = batch.document_of(places)
+    zeros = values.new_zeros(len(batch.documents))
+    sums = zeros.index_add(0, documents, values * weights)
+    return sums[batch.pairs], zeros.index_add(0, documents, weights)[batch.pairs]
+
+
+def _judged(terms: tuple[Tensor, ...], margins: Tensor) -> Sums:
+    found = margins.detach()
+    return Sums(terms, float((found > 0).sum()), float(found.sum()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An objective's value over some micro-batches; the last two are None where there are no pairs."""
+
+    loss: float
+    reward_accuracy: float | None
+    reward_margin: float | None
+
+
+def measure(model: FusedModel, batches: Iterable[Batch], objective: Objective) -> Measured:
+    """The objective's value, without gradients, as the model is now; NaN where there is nothing to measure."""
+    terms: list[float] = []
+    counts: list[float] = []
+    pairs = right = margin = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            if not batch.trained_tokens:
+                continue
+            reference = reference_of(model, batch, objective)
+            logprobs, weights = model.logprobs(batch)
+            reference = None if reference is None else reference.double()
+            found = objective.sums(logprobs.double(), weights.double(), batch, reference)
+            terms = [one + float(other) for one, other in _together(terms, found.terms)]
+            counts = [one + float(other) for one, other in _together(counts, objective.counts(batch))]
+            pairs, right, margin = pairs + len(batch.pairs), right + found.right, margin + found.margin
+    loss = sum(term / count for term, count in zip(terms, counts, strict=True)) if terms else float("nan")
+    return Measured(loss, right / pairs if pairs else None, margin / pairs if pairs else None)
+
+
+def reference_of(model: FusedModel, batch: Batch, objective: Objective) -> Tensor | None:
+    """The base's log-probabilities [n], where the objective needs them.
+
+    Raises FituneError where the model has no adapter to switch off.
+    """
+    if not objective.needs_reference:
+        return None
+    if model.adapted is None:
+        raise FituneError("this objective compares with the model without its adapter; there is none")
+    was_training = model.graph.training
+    model.graph.eval()
+    try:
+        with a_pass(), torch.no_grad(), model.adapted.disable_adapter():
+            return model.logprobs(batch)[0].clone()
+    finally:
+        model.graph.train(was_training)
+
+
+def _together(sums: list[float], more: tuple[Tensor, ...]) -> zip[tuple[float, Tensor]]:
+    return zip(sums or [0.0] * len(more), more, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,7 @@ from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import a_pass
 from fitune.step.gradients import gradients_of
-from fitune.step.objective import supervised
-
-Objective = Callable[[Tensor, Tensor], Tensor]
+from fitune.step.objective import SUPERVISED, Objective, reference_of
 
 
 class NonFiniteError(FituneError):
@@ -36,43 +34,51 @@ class StepResult:
     """What a step did.
 
     Attributes:
-        loss: the mean over all trained tokens of the step.
+        loss: of the step's objective; of supervised training the mean over all its trained tokens.
         grad_norm: of all gradients together, before clipping.
         trained_tokens: how many tokens counted.
         tokens: how many tokens went through the model.
+        reward_accuracy: in which share of the step's pairs the better answer gained more; None: there are none.
+        reward_margin: by how much, on average.
     """
 
     loss: float
     grad_norm: float
     trained_tokens: int
     tokens: int
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
 
 
 def update(
     model: FusedModel, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float,
-    max_grad_norm: float, objective: Objective = supervised,
+    max_grad_norm: float, objective: Objective = SUPERVISED,
 ) -> StepResult:  # fmt: skip
     """Changes the trainable weights once, by the gradient over all `batches` together.
 
-    The loss is one sum over all tokens divided by their total weight, so the update does not depend on how the
-    step was split into micro-batches. `max_grad_norm` 0 does not clip.
+    The loss is one sum over all tokens (or pairs) divided by their total weight, so the update does not depend on how
+    the step was split into micro-batches. `max_grad_norm` 0 does not clip.
 
     Raises NonFiniteError before any weight is changed.
     """
-    total_weight = float(sum(batch.weights.sum() for batch in batches))
-    if total_weight == 0:
-        raise FituneError("a step without a single trained token")
+    totals = [float(sum(counts)) for counts in zip(*map(objective.counts, batches), strict=True)]
+    if not all(totals):
+        raise FituneError("a step without a single trained token, or without a pair")
     gradients = gradients_of(optimizer)
-    loss = 0.0
+    loss = right = margin = 0.0
     for batch in batches:
         if not batch.trained_tokens:
             continue
+        reference = reference_of(model, batch, objective)
         with a_pass():
             logprobs, weights = model.logprobs(batch)
-            part = objective(logprobs, weights) / total_weight
+            found = objective.sums(logprobs, weights, batch, reference)
+            terms = [term / total for term, total in zip(found.terms, totals, strict=True)]
+            part = sum(terms[1:], terms[0])
             part.backward()
             loss += float(part.detach())
-            del logprobs, part
+            right, margin = right + found.right, margin + found.margin
+            del logprobs, found, terms, part
     norm = gradients.norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         wrong = gradients.first_non_finite()
@@ -84,9 +90,12 @@ def update(
         group["lr"] = learning_rate * group.get("rate_ratio", 1.0)
     optimizer.step()
     gradients.clear()
+    pairs = sum(len(batch.pairs) for batch in batches)
     return StepResult(
         loss,
         norm,
         sum(batch.trained_tokens for batch in batches),
         sum(batch.tokens.numel() for batch in batches),
+        right / pairs if pairs else None,
+        margin / pairs if pairs else None,
     )

@@ -39,7 +39,7 @@ def evaluation_samples(config: RunConfig, source: ModelSource, watch: Watch | No
         return read_validation_file(config.data)
     if config.data.validation is None:
         raise InputError("this run held out no data; give a file with --data", where="data.validation")
-    data = load_training_data(config.data, source.tokenizer(), config.seed, watch)
+    data = load_training_data(config.data, source.tokenizer(), config.seed, watch, config.train.objective)
     return list(original_samples(data, data.validation))
 
 

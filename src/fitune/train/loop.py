@@ -26,6 +26,7 @@ from fitune.errors import DiskFullError, FituneError, Interrupted, MemoryShortEr
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import rooms
 from fitune.process_memory import give_back_free_memory, resident_bytes
+from fitune.step.objective import SUPERVISED, Measured, Objective, measure, objective_of
 from fitune.step.optimizer import close, make_optimizer
 from fitune.step.parameter_groups import parameter_groups
 from fitune.step.schedule import Schedule
@@ -41,7 +42,12 @@ from fitune.train.run_folder import RunFolder
 from fitune.train.stall_watch import StallWatch
 
 # LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
-LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5}
+# Preferences want less: TRL's own scripts take 5e-6 (dpo.py) and 8e-5 (orpo.py) with adapters, a tenth without.
+LEARNING_RATES = {
+    "supervised": {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5},
+    "dpo": {"qlora": 5e-6, "lora": 5e-6},
+    "orpo": {"qlora": 8e-5, "lora": 8e-5, "full": 8e-6},
+}
 
 # A checkpoint that found no room on the disk is tried again after so many steps.
 RETRY_STEPS = 10
@@ -51,7 +57,10 @@ TRIM_EVERY_STEPS = 64
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. Rates in tokens per second, memory resident in bytes."""
+    """One line of metrics.jsonl, without what is None. Rates in tokens per second, memory resident in bytes.
+
+    `reward_accuracy`, `reward_margin`: of steps of preference pairs, as `StepResult` has them.
+    """
 
     step: int
     epoch: float
@@ -63,14 +72,17 @@ class StepRecord:
     tokens_per_second: float
     memory_bytes: int
     seconds: float
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
 
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """Mean loss over the trained tokens of the validation set after a step."""
+    """The objective on the validation set after a step: of supervised training its trained tokens' mean loss."""
 
     step: int
     validation_loss: float
+    validation_reward_accuracy: float | None = None
 
 
 Watcher = Callable[[StepRecord | ValidationRecord], None]
@@ -147,8 +159,8 @@ class Rows:
 
 
 def learning_rate(config: RunConfig) -> float:
-    """The run file's peak rate, or the usual one of its method."""
-    return config.train.learning_rate or LEARNING_RATES[config.method]
+    """The run file's peak rate, or the usual one of its objective and method."""
+    return config.train.learning_rate or LEARNING_RATES[config.train.objective][config.method]
 
 
 def count_steps(rows: Rows, epochs: float, limit: int | None) -> int:
@@ -183,22 +195,16 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def validation_loss(model: FusedModel, samples: Sequence[EncodedSample], rows: Rows) -> float:
-    """Mean loss over the trained tokens of `samples`; leaves the model as it found it."""
+def validate(
+    model: FusedModel, samples: Sequence[EncodedSample], rows: Rows, objective: Objective = SUPERVISED
+) -> Measured:
+    """The objective's value on `samples`; leaves the model as it found it."""
     whole = rows.of(samples)
     was_training = model.graph.training
     model.graph.eval()
-    total, weight = 0.0, 0.0
-    with torch.no_grad():
-        for step in whole.epoch(0):
-            for batch in whole.batches(step):
-                if not batch.trained_tokens:
-                    continue
-                logprobs, weights = model.logprobs(batch)
-                total -= float((logprobs.double() * weights.double()).sum())
-                weight += float(weights.sum())
+    found = measure(model, (batch for step in whole.epoch(0) for batch in whole.batches(step)), objective)
     model.graph.train(was_training)
-    return total / weight if weight else math.nan
+    return found
 
 
 def run_loop(
@@ -236,7 +242,7 @@ def _take_steps(
 ) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
-    schedule = schedule_of(config, steps)
+    schedule, objective = schedule_of(config, steps), objective_of(settings.objective, settings.beta)
     progress = Progress()
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model, optimizer)
@@ -251,7 +257,8 @@ def _take_steps(
     with _stop_signals() as stopping, closing(PatientFile(folder.metrics_file, say)) as metrics:
 
         def record(entry: StepRecord | ValidationRecord) -> None:
-            metrics.write(f"{json.dumps(asdict(entry))}\n".encode())
+            facts = {name: value for name, value in asdict(entry).items() if value is not None}
+            metrics.write(f"{json.dumps(facts)}\n".encode())
             if watch is not None:
                 watch(entry)
 
@@ -266,7 +273,7 @@ def _take_steps(
             batches = rows.batches(step_rows)
             try:
                 with stalls.step(number + 1):
-                    result = update(model, batches, optimizer, rate, settings.max_grad_norm)
+                    result = update(model, batches, optimizer, rate, settings.max_grad_norm, objective)
             except NonFiniteError as error:
                 where = place_of(model, batches, error)
                 told = f"step {number + 1}: {error}; no weight was changed; {where}. {_data_of(rows, step_rows)}"
@@ -291,19 +298,22 @@ def _take_steps(
                         result.tokens / (now - begun),
                         resident_bytes(),
                         round(progress.seconds, 3),
+                        result.reward_accuracy,
+                        result.reward_margin,
                     )
                 )
                 lately.append(result.loss)
                 usual = spikes.hear(result.loss)
                 if usual is not None:
-                    say(_spike_sentence(number + 1, result.loss, usual, model, rows, step_rows))
+                    say(_spike_sentence(number + 1, result.loss, usual, model, rows, step_rows, objective))
             # With states on disk steps are slow and memory is short: every time.
             if progress.step % TRIM_EVERY_STEPS == 0 or settings.optimizer_states == "disk":
                 give_back_free_memory()
             last = progress.step == steps
             if len(validation) and (last or _due(progress.step, settings.validate_every_steps)):
-                loss = validation_loss(model, validation, rows)
-                record(ValidationRecord(progress.step, loss))
+                held_out = validate(model, validation, rows, objective)
+                loss = held_out.loss
+                record(ValidationRecord(progress.step, loss, held_out.reward_accuracy))
                 train_loss = math.fsum(lately) / len(lately) if lately else math.nan
                 if stopping_early.hear(progress.step, loss, train_loss) and settings.restore_best:
                     saver.save_best(progress.step, loss)
@@ -412,10 +422,12 @@ def _data_of(rows: Rows, step_rows: Sequence[Row]) -> str:
 
 
 def _spike_sentence(
-    step: int, loss: float, usual: float, model: FusedModel, rows: Rows, step_rows: Sequence[Row]
-) -> str:
+    step: int, loss: float, usual: float, model: FusedModel, rows: Rows, step_rows: Sequence[Row],
+    objective: Objective,
+) -> str:  # fmt: skip
     samples = [rows.samples[index] for row in step_rows for index in row.samples]
-    worst = ", ".join(f"{one.origin} ({one.loss:.2f})" for one in worst_samples(model, samples, rows.row_tokens))
+    found = worst_samples(model, samples, rows.row_tokens, objective)
+    worst = ", ".join(f"{one.origin} ({one.loss:.2f})" for one in found)
     return (
         f"warning: the loss of step {step}, {loss:.3f}, stands out from {usual:.3f} before it. The samples with the "
         f"highest loss in it: {worst}"

@@ -12,6 +12,7 @@ import torch
 from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
 from fitune.fuse.model import FusedModel
+from fitune.step.objective import SUPERVISED, Objective, measure
 
 # A step is held against so many before it, once there are LEAST of them: above so many of their standard deviations,
 # and above their mean by this share, it is a spike.
@@ -47,13 +48,15 @@ class SpikeWatch:
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """A sample's place in its file, and its mean loss over its trained tokens."""
+    """A sample's place in its file, and its loss: of supervised training the mean over its trained tokens."""
 
     origin: str
     loss: float
 
 
-def worst_samples(model: FusedModel, samples: Sequence[EncodedSample], row_tokens: int) -> list[SampleLoss]:
+def worst_samples(
+    model: FusedModel, samples: Sequence[EncodedSample], row_tokens: int, objective: Objective = SUPERVISED
+) -> list[SampleLoss]:
     """The samples of the highest loss, worst first, as the model is now; leaves it and its random state alone.
 
     Of very many the first LOOKED_AT are looked at: each takes a pass of its own.
@@ -61,13 +64,11 @@ def worst_samples(model: FusedModel, samples: Sequence[EncodedSample], row_token
     was_training = model.graph.training
     model.graph.eval()
     found = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         for sample in samples[:LOOKED_AT]:
             batch = collate([[sample]], row_tokens, 0)
             if batch.trained_tokens:
-                logprobs, weights = model.logprobs(batch)
-                loss = -float((logprobs.double() * weights.double()).sum()) / float(weights.sum())
-                found.append(SampleLoss(str(sample.origin), loss))
+                found.append(SampleLoss(str(sample.origin), measure(model, [batch], objective).loss))
     model.graph.train(was_training)
     found.sort(key=lambda one: -one.loss if math.isfinite(one.loss) else -math.inf)
     return found[:SHOWN]

@@ -35,6 +35,7 @@ from fitune.plan.computation import Computation, choose_computation
 from fitune.plan.levers import CHOSEN
 from fitune.plan.planner import Plan, Workload, make_plan
 from fitune.process_memory import peak_bytes
+from fitune.step.objective import PAIRED
 from fitune.train.loop import (
     Rows,
     StepRecord,
@@ -121,13 +122,16 @@ def prepare_run(
     graph = build_graph(source.config, computation.dtype)
     config = _with_its_adapter(config, source, graph)
     if data is None:
-        data = load_training_data(config.data, tokenizer, config.seed, watch)
+        data = load_training_data(config.data, tokenizer, config.seed, watch, config.train.objective)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     unpacked = obstacle(graph) if config.data.pack else None
     pack = config.data.pack and unpacked is None
+    of_pairs = config.train.objective in PAIRED
+    if of_pairs and (reason := obstacle(graph)) is not None:
+        raise InputError(f"two answers cannot lie in a row of this model: {reason}", where="train.objective")
     rows = Rows(
         data.train, _row_tokens(config, data, pack), config.train.micro_batch, config.train.accumulation,
-        config.seed, pack, int(pad or 0),
+        config.seed, pack, int(pad or 0), share=not of_pairs,
     )  # fmt: skip
     workload = _workload(config, rows)
     prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
@@ -265,10 +269,11 @@ def train_run(
             say(f"{lacks}{part}: {reason}")
         if prepared.unpacked is not None:
             say(f"one sample a row, not packed: {prepared.unpacked}")
-        elif prepared.rows.pack and not model.report.packs:
+        elif (prepared.rows.pack or config.train.objective in PAIRED) and not model.report.packs:
+            other = "" if config.train.objective in PAIRED else "; set it to false"
             raise InputError(
-                f"{config.model} cannot be packed: {model.report.left['attention']}; set it to false",
-                where="data.pack",
+                f"{config.model} cannot be packed: {model.report.left['attention']}{other}",
+                where="train.objective" if config.train.objective in PAIRED else "data.pack",
             )
         if before is not None:
             before(model)

@@ -29,6 +29,7 @@ class TensorBoardLog:
     def __call__(self, record: StepRecord | ValidationRecord) -> None:
         if isinstance(record, ValidationRecord):
             scalars = {"validation/loss": record.validation_loss}
+            more = {"validation/reward_accuracy": record.validation_reward_accuracy}
         else:
             scalars = {
                 "train/loss": record.loss,
@@ -37,6 +38,11 @@ class TensorBoardLog:
                 "speed/tokens_per_second": record.tokens_per_second,
                 "memory/resident_bytes": float(record.memory_bytes),
             }
+            more = {
+                "train/reward_accuracy": record.reward_accuracy,
+                "train/reward_margin": record.reward_margin,
+            }
+        scalars |= {tag: value for tag, value in more.items() if value is not None}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(Event(wall_time=time.time(), step=record.step, summary=Summary(value=values)))
 
