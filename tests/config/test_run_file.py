@@ -357,7 +357,7 @@ evaluate:
         ),
         ("method: full\ntrain:\n  objective: dpo\n", "line 5: train.objective: dpo compares with the base"),
         ("train:\n  beta: 0.2\n", "line 4: train.beta: has no effect on supervised training"),
-        ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on preference pairs"),
+        ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on pairs"),
         ("train:\n  steps: 5\n  epochs: 2\n", "line 4: train.steps: given together with train.epochs"),
         (
             "train:\n  validate_every_steps: 5\n",

@@ -122,7 +122,11 @@ def test_what_an_objective_cannot_learn_from_is_refused(tmp_path: Path, smollm2_
     for path, objective, told in (
         (pairs, "supervised", r"pairs\.jsonl: these are preference pairs, .*supervised .*; set it to dpo or orpo"),
         (plain, "orpo", r"plain\.jsonl: these are samples of the format question_answer.*orpo.*supervised"),
-        (judged, "dpo", r"judged\.jsonl: these are answers labelled good or bad, which this version cannot train"),
+        (
+            judged,
+            "dpo",
+            r"judged\.jsonl: these are answers labelled good or bad, .* dpo .*; set it to kto",
+        ),
     ):
         with pytest.raises(InputError, match=told):
             load_training_data(config(path).data, smollm2_tokenizer, objective=objective)
@@ -149,5 +153,20 @@ def test_a_pair_that_is_too_long_is_dropped_or_refused_and_never_cut(tmp_path: P
 
 def test_a_pair_shares_nothing_with_its_neighbours() -> None:
     one = EncodedSample(tuple(range(30)), (False,) * 20 + (True,) * 10, worse_from=25, fork=19)
-    with pytest.raises(ValueError, match="pairs share nothing with others"):
+    with pytest.raises(ValueError, match="pairs and judged answers share nothing"):
         collate([[one, one]], 64, 0, [[(0, 16), (0, 16)]])
+
+
+def test_a_judgement_is_of_the_last_answer(shared_data: Path, smollm2_tokenizer: Any) -> None:
+    judged = Sample(turns("What is 1?", "It is 1.", "And 2?", "It is 3."), label=False)
+    encoded = encode(judged, smollm2_tokenizer)
+    assert encoded.label is False
+    trained = [token for token, flag in zip(encoded.tokens, encoded.trained, strict=True) if flag]
+    assert smollm2_tokenizer.decode(trained) == "It is 3.<|im_end|>"
+    path = shared_data / "llamafactory_demo" / "kto_en_demo.json"
+    settings = config(path, "kto", max_tokens=2048, over_length="drop")
+    found = load_training_data(settings.data, smollm2_tokenizer, objective="kto")
+    labels = [sample.label for sample in found.train]
+    assert {*labels} == {True, False}
+    batch = collate([[found.train[0]], [found.train[1]]], 2048, 0)
+    assert [sign for sign in batch.labels.tolist() if sign] == [1 if label else -1 for label in labels[:2]]

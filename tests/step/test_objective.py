@@ -11,9 +11,10 @@ import torch
 
 from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
+from fitune.data.mismatch import mismatched
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
-from fitune.step.objective import DPO, ORPO, measure, objective_of, reference_of
+from fitune.step.objective import DPO, KTO, ORPO, Objective, measure, objective_of, reference_of
 from fitune.step.update import update
 from tiny_models import adapted, distance, model_of, random_samples
 
@@ -85,6 +86,40 @@ def orpo_by_hand(beta: float) -> float:
     return supervised + beta * sum(softplus(-(better - worse)) for better, worse in odds) / len(odds)
 
 
+JUDGED = [
+    replace(sample, label=place in (0, 3))
+    for place, sample in enumerate(random_samples([9, 17, 12, 6, 14], prompt=5, seed=8))
+]
+
+
+def mixed(one: EncodedSample, other: EncodedSample) -> EncodedSample:
+    """The question of one with the answer of the other."""
+    tokens = one.tokens[:5] + other.tokens[5:]
+    return EncodedSample(tokens, tuple(place >= 5 for place in range(len(tokens))))
+
+
+def gains_by_hand(samples: Sequence[EncodedSample]) -> list[float]:
+    assert MODEL.adapted is not None
+    ours = [sum(alone(MODEL, sample)) for sample in samples]
+    with MODEL.adapted.disable_adapter():
+        return [one - sum(alone(MODEL, sample)) for one, sample in zip(ours, samples, strict=True)]
+
+
+def baseline_by_hand() -> float:
+    others = [mixed(one, other) for one, other in zip(JUDGED, [*JUDGED[1:], JUDGED[0]], strict=True)]
+    return max(0.0, sum(gains_by_hand(others)) / len(others))
+
+
+def kto_by_hand(beta: float, good: float, bad: float) -> float:
+    """By equation 8 of the paper, without the constant."""
+    z = baseline_by_hand()
+    values = []
+    for gain, sample in zip(gains_by_hand(JUDGED), JUDGED, strict=True):
+        v = 1 / (1 + math.exp(-beta * (gain - z) * (1 if sample.label else -1)))
+        values.append((good if sample.label else bad) * (1 - v))
+    return sum(values) / len(values)
+
+
 def test_fixed_numbers() -> None:
     """Of two pairs with one token each, worked out by hand."""
     sample = EncodedSample((1, 2, 3, 4), (False, True, False, True), worse_from=2, fork=0)
@@ -125,6 +160,35 @@ def test_they_are_the_papers(rows: list[list[EncodedSample]]) -> None:
     assert measure(MODEL, batches, ORPO(0.3)).loss == pytest.approx(orpo_by_hand(0.3), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [[JUDGED], [JUDGED[:2], JUDGED[2:]], [[one] for one in JUDGED]])
+def test_judged_answers_are_the_papers(rows: list[list[EncodedSample]]) -> None:
+    batches = [collate([row], 512, 0) for row in rows]
+    assert baseline_by_hand() > 0.01
+    assert measure(MODEL, batches, KTO(0.5, 1.5, 0.8)).loss == pytest.approx(kto_by_hand(0.5, 1.5, 0.8), rel=1e-5)
+    assert abs(kto_by_hand(0.5, 1.5, 0.8) - kto_by_hand(0.5, 1.0, 1.0)) > 1e-2
+
+
+def test_a_single_answer_has_no_baseline() -> None:
+    batch = collate([JUDGED[:1]], 512, 0)
+    assert mismatched([batch]) == []
+    gain = gains_by_hand(JUDGED[:1])[0]
+    assert measure(MODEL, [batch], KTO(0.5)).loss == pytest.approx(1 / (1 + math.exp(0.5 * gain)), rel=1e-5)
+
+
+def test_answers_are_exchanged_within_the_rows_there_are() -> None:
+    batches = [collate([JUDGED[:2], JUDGED[2:4]], 32, 0), collate([JUDGED[4:]], 32, 0)]
+    found = mismatched(batches)
+    assert all(batch.tokens.shape[0] <= 2 and batch.tokens.shape[1] <= 32 for batch in found)
+    expected = [mixed(one, other).tokens for one, other in zip(JUDGED, [*JUDGED[1:], JUDGED[0]], strict=True)]
+    seen = [
+        tuple(batch.tokens[row, start:stop].tolist())
+        for batch in found
+        for place, (row, start, stop, *_) in enumerate(batch.documents.tolist())
+        if batch.labels[place]
+    ]
+    assert sorted(seen) == sorted(expected)
+
+
 class Recording(torch.optim.SGD):
     """Keeps the gradients it was given, and changes nothing (rate 0)."""
 
@@ -132,15 +196,16 @@ class Recording(torch.optim.SGD):
         self.seen = torch.cat([p.grad.flatten().clone() for group in self.param_groups for p in group["params"]])
 
 
-@pytest.mark.parametrize("objective", [DPO(0.5), ORPO(0.3)])
-def test_a_step_does_not_depend_on_how_it_was_split(objective: DPO | ORPO) -> None:
+@pytest.mark.parametrize(("objective", "samples"), [(DPO(0.5), PAIRS), (ORPO(0.3), PAIRS), (KTO(0.5, 1.5), JUDGED)])
+def test_a_step_does_not_depend_on_how_it_was_split(objective: Objective, samples: list[EncodedSample]) -> None:
     def of(*rows: list[list[EncodedSample]]):
         optimizer = Recording(MODEL.trainable, lr=0.0)
         result = update(MODEL, [collate(row, 512, 0) for row in rows], optimizer, 0.0, 0.0, objective)
         return optimizer.seen, result
 
-    whole, result = of([PAIRS])
-    for rows in ([[[one]] for one in PAIRS], [[PAIRS[:2], PAIRS[2:]]], [[PAIRS[2:]], [PAIRS[:2]]]):
+    whole, result = of([samples])
+    # Judged answers come in another order, but each is followed by the same one.
+    for rows in ([[[one]] for one in samples], [[samples[:2], samples[2:]]], [[samples[2:]], [samples[:2]]]):
         found, other = of(*rows)
         assert distance(found, whole) < 1e-5
         assert other.loss == pytest.approx(result.loss, rel=1e-5)
@@ -148,7 +213,7 @@ def test_a_step_does_not_depend_on_how_it_was_split(objective: DPO | ORPO) -> No
     assert float(whole.norm()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo"])
+@pytest.mark.parametrize("name", ["dpo", "orpo", "kto"])
 def test_the_gradient_is_that_of_transformers_and_peft(name: str) -> None:
     """Each answer a pass of its own through PEFT's layers, and autograd through the papers' formulas."""
     _, peft = adapted(model_of("llama"), fused=False)
@@ -160,8 +225,13 @@ def test_the_gradient_is_that_of_transformers_and_peft(name: str) -> None:
         return torch.stack([logits[place - 1, sample.tokens[place]] for place in places])
 
     total = torch.zeros(())
+    for one in JUDGED if name == "kto" else ():
+        with torch.no_grad(), peft.disable_adapter():
+            base = sums(one).sum()
+        sign = 1 if one.label else -1
+        total = total + torch.sigmoid(-0.5 * sign * (sums(one).sum() - base - baseline_by_hand())) / len(JUDGED)
     tokens = sum(sum(answers(one)[0].trained) for one in PAIRS)
-    for one in PAIRS:
+    for one in () if name == "kto" else PAIRS:
         better, worse = map(sums, answers(one))
         if name == "dpo":
             with torch.no_grad(), peft.disable_adapter():
@@ -174,7 +244,8 @@ def test_the_gradient_is_that_of_transformers_and_peft(name: str) -> None:
     total.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in trainable])
     optimizer = Recording(MODEL.trainable, lr=0.0)
-    result = update(MODEL, [collate([PAIRS], 512, 0)], optimizer, 0.0, 0.0, objective_of(name, 0.5))
+    batch = collate([JUDGED if name == "kto" else PAIRS], 512, 0)
+    result = update(MODEL, [batch], optimizer, 0.0, 0.0, objective_of(name, 0.5))
     assert result.loss == pytest.approx(float(total.detach()), rel=1e-5)
     assert distance(optimizer.seen, expected) < 1e-4
 

@@ -25,6 +25,20 @@ def pairs(place: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def judged(place: Path, pairs: Path) -> Path:
+    """The same answers one by one."""
+    path = place / "judged.jsonl"
+    lines = []
+    for line in map(json.loads, pairs.read_text().splitlines()):
+        lines += [
+            {"prompt": line["prompt"], "completion": line[key], "label": key == "chosen"}
+            for key in ("chosen", "rejected")
+        ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def preferring(place: Path, pairs: Path, objective: str, *more: str) -> RunConfig:
     return config_of(place, f"data.train={pairs}", f"train.objective={objective}", "data.validation=0.25", *more)
 
@@ -59,6 +73,20 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(place: Path, pairs: Path
     assert adapter_bits(tmp_path / "stopped") == adapter_bits(tmp_path / "whole")
 
 
+def test_judged_answers_are_learnt_and_gone_on_with(place: Path, judged: Path, tmp_path: Path) -> None:
+    config = preferring(place, judged, "kto", "train.steps=24", "train.micro_batch=2")
+    run(config, tmp_path / "whole")
+    found = entries(tmp_path / "whole")
+    assert found[-2]["reward_margin"] > found[0]["reward_margin"] + 0.1
+    assert found[0]["loss"] == pytest.approx(0.5, abs=1e-3)
+    assert found[-2]["loss"] < 0.45
+    assert found[-1]["validation_reward_accuracy"] > 0.7
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "stopped", watch=stop_after(9))
+    run(config, tmp_path / "stopped", resume=True)
+    assert adapter_bits(tmp_path / "stopped") == adapter_bits(tmp_path / "whole")
+
+
 def test_another_objective_is_another_run(place: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(preferring(place, pairs, "dpo"), tmp_path / "run", watch=stop_after(3))
@@ -71,6 +99,6 @@ def test_rates_follow_the_objective(place: Path, pairs: Path) -> None:
 
     rates = {
         objective: learning_rate(preferring(place, pairs, objective, "train.learning_rate=null"))
-        for objective in ("dpo", "orpo")
+        for objective in ("dpo", "orpo", "kto")
     }
-    assert rates == {"dpo": 5e-6, "orpo": 8e-5}
+    assert rates == {"dpo": 5e-6, "orpo": 8e-5, "kto": 5e-6}

@@ -28,15 +28,15 @@ def cautions(config: RunConfig) -> Iterator[str]:
             f"train.learning_rate {rate:g} is one for all weights; an adapter learns little below 1e-4 "
             "(2e-4 is usual)"
         )
-    if rate is not None and train.objective == "dpo" and rate >= DPO_RATE:
+    if rate is not None and train.objective in ("dpo", "kto") and rate >= DPO_RATE:
         yield (
-            f"train.learning_rate {rate:g} is one for learning answers; dpo takes about 5e-6, at most 5e-5, and "
-            "with more unlearns how to answer while it learns what not to"
+            f"train.learning_rate {rate:g} is one for learning answers; {train.objective} takes about 5e-6, at most "
+            "5e-5, and with more unlearns how to answer while it learns what not to"
         )
-    if train.objective == "dpo" and config.lora.start_from is not None:
+    if train.objective in ("dpo", "kto") and config.lora.start_from is not None:
         yield (
-            "lora.start_from: dpo compares with the base without any adapter; to compare with what the adapter makes "
-            "of it, merge it first (fitune merge) and take the merged model"
+            f"lora.start_from: {train.objective} compares with the base without any adapter; to compare with what "
+            "the adapter makes of it, merge it first (fitune merge) and take the merged model"
         )
     if data.train_on == "all" and not _is_text(config):
         yield "data.train_on: all learns the questions too; assistant, the default, learns the answers only"

@@ -85,21 +85,25 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
                 "lower train.micro_batch, or give more",
             )
     fields = type(train).model_fields
-    if train.objective == "dpo" and config.method == "full":
+    if train.objective in ("dpo", "kto") and config.method == "full":
         yield Conflict(
             "train.objective",
             ("method",),
-            "dpo compares with the base, which method full changes; take method lora or qlora, or objective orpo",
+            f"{train.objective} compares with the base, which method full changes; take method lora or qlora, or "
+            "objective orpo",
         )
     if train.objective == "supervised" and train.beta != fields["beta"].default:
         yield Conflict(
-            "train.beta", ("train.objective",), "has no effect on supervised training; it is of dpo and orpo"
+            "train.beta", ("train.objective",), "has no effect on supervised training; it is of dpo, orpo, kto"
         )
+    for name in ("good_weight", "bad_weight"):
+        if train.objective != "kto" and getattr(train, name) != fields[name].default:
+            yield Conflict(f"train.{name}", ("train.objective",), f"has no effect on {train.objective}; it is of kto")
     if train.objective != "supervised" and data.train_on != type(data).model_fields["train_on"].default:
         yield Conflict(
             "data.train_on",
             ("train.objective",),
-            "has no effect on preference pairs: of these the answers are trained",
+            "has no effect on pairs and judged answers: of these the answer is trained",
         )
     for name, kind in (("schedule_power", "polynomial"), ("schedule_cycles", "cosine_restarts")):
         if getattr(train, name) != fields[name].default and train.schedule != kind:

@@ -211,17 +211,25 @@ class LoraSettings(Section):
 class TrainSettings(Section):
     """How to train."""
 
-    objective: Literal["supervised", "dpo", "orpo"] = Field(
+    objective: Literal["supervised", "dpo", "orpo", "kto"] = Field(
         default="supervised",
         description="supervised: learn the answers; dpo, orpo: learn from preference pairs (chosen, rejected) which "
-        "of two answers is better; dpo beside the base (adapters only), orpo by itself",
+        "of two answers is better, dpo beside the base (adapters only), orpo by itself; kto: learn from answers with "
+        "a label, good or bad (adapters only)",
     )
     beta: float = Field(
         default=0.1,
         gt=0,
         le=100,
-        description="Of dpo: how dear it is to leave the base; of orpo: the weight of the pairs beside the answers",
+        description="Of dpo and kto: how dear it is to leave the base; of orpo: the weight of the pairs",
     )
+    good_weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Of kto: what a good answer counts; with more bad ones than good ones, give more",
+    )
+    bad_weight: float = Field(default=1.0, gt=0, le=1000, description="Of kto: what a bad answer counts")
     epochs: float = Field(
         default=1.0,
         gt=0,
@@ -246,8 +254,8 @@ class TrainSettings(Section):
         default=None,
         gt=0,
         lt=1,
-        description="Peak learning rate; without it 2e-4 (lora, qlora) or 1e-5 (full); of dpo 5e-6; of orpo 8e-5 or "
-        "8e-6 (full)",
+        description="Peak learning rate; without it 2e-4 (lora, qlora) or 1e-5 (full); of dpo and kto 5e-6; of orpo "
+        "8e-5 or 8e-6 (full)",
         examples=[2e-4],
         json_schema_extra={"usual": "between 1e-6 and 2e-3"},
     )

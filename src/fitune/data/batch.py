@@ -21,6 +21,7 @@ class Batch:
             prefix_stop: the tokens of the same row that the document continues and attends to (equal: none).
             Every token belongs to one document; padding at a row's end is one of weight 0.
         pairs: [p, 2] int64: of every preference pair the documents of its better and its worse answer.
+        labels: [n] int8: of every document that is an answer judged by itself 1 (good) or -1 (bad); 0: it is none.
     """
 
     tokens: Tensor
@@ -28,6 +29,7 @@ class Batch:
     weights: Tensor
     documents: Tensor
     pairs: Tensor = field(default_factory=lambda: torch.empty((0, 2), dtype=torch.int64))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
 
     @property
     def trained_tokens(self) -> int:

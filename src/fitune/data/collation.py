@@ -11,6 +11,7 @@ from fitune.data.batch import Batch
 from fitune.data.encoding import EncodedSample
 
 ROUND_TOKENS = 64
+_SIGNS = {None: 0, True: 1, False: -1}
 
 
 def collate(
@@ -40,6 +41,7 @@ def collate(
     weights = torch.zeros((len(rows), longest), dtype=torch.float32)
     documents: list[tuple[int, ...]] = []
     pairs: list[tuple[int, int]] = []
+    labels: list[int] = []
     for number, pieces in enumerate(laid):
         for piece in pieces:
             own = slice(piece.start, piece.stop)
@@ -53,13 +55,15 @@ def collate(
                 raise ValueError("a sample's first token after a shared beginning is trained")
             weights[number, piece.start] = 0.0  # nothing in its document, or no single token, precedes it
             documents.append((number, piece.start, piece.stop, *piece.prefix))
+            labels.append(_SIGNS[piece.sample.label])
         stop = pieces[-1].stop
         if stop < longest:
             positions[number, stop:] = torch.arange(longest - stop)
             documents.append((number, stop, longest, 0, 0))
+            labels.append(0)
     return Batch(
         tokens, positions, weights, torch.tensor(documents, dtype=torch.int32),
-        torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2), torch.tensor(labels, dtype=torch.int8),
     )  # fmt: skip
 
 
@@ -87,8 +91,10 @@ def _lay_out(row: Sequence[EncodedSample], shared: Sequence[tuple[int, int]] | N
         members = [sample for sample, _ in run]
         prefix = (0, 0)
         if group >= 0 and len(members) > 1:
-            if any(one.worse_from for one in members):
-                raise ValueError(f"a preference pair in group {group}: pairs share nothing with others")
+            if any(one.worse_from or one.label is not None for one in members):
+                raise ValueError(
+                    f"a judged answer in group {group}: pairs and judged answers share nothing with others"
+                )
             beginning = members[0].tokens[:common]
             if any(len(one) <= common or one.tokens[:common] != beginning for one in members):
                 raise ValueError(f"samples of group {group} do not share their first {common} tokens")

@@ -266,10 +266,7 @@ def _untrainable(files: Sequence[EncodedFile], objective: str | None) -> Iterato
         if set(known.trained_by) & set(wanted):
             continue
         what = f"these are {known.objective or f'samples of the format {known.name}'}"
-        if not known.trained_by:
-            trained = ", ".join(name for name, other in FORMATS.items() if other.trained_by)
-            sentence = f"{what}, which this version cannot train; trained are {trained}"
-        elif objective is None:
+        if objective is None:
             sentence = f"{what}, and {files[0].wanted.path} holds others; a run learns from one kind"
         else:
             named = " or ".join(known.trained_by)

@@ -38,6 +38,7 @@ class EncodedSample:
         worse_from: of a preference pair, where the tokens of the worse answer begin, after all of the better one's;
             0: it is no pair.
         fork: of a pair, how many of the first tokens come before both answers.
+        label: of an answer judged by itself, whether it is good.
     """
 
     tokens: tuple[int, ...]
@@ -50,6 +51,7 @@ class EncodedSample:
     lost_end: bool = False
     worse_from: int = 0
     fork: int = 0
+    label: bool | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -86,7 +88,11 @@ class Encoder:
             if sample.rejected:
                 return self._encode_pair(sample, system)
             messages = with_system(sample.messages, system)
-            return self._encode_messages(messages, sample.tools, train_on, sample.origin)
+            if sample.label is None:
+                return self._encode_messages(messages, sample.tools, train_on, sample.origin)
+            # The judgement is of the last answer.
+            judged = self._encode_messages(messages, sample.tools, "last_assistant", sample.origin)
+            return replace(judged, label=sample.label)
         except InputError as error:
             if sample.origin is None:
                 raise

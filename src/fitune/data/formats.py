@@ -177,7 +177,7 @@ FORMATS: Mapping[str, Format] = {
         Format(
             "kto", ("label",), _judged,
             (*LABELS, *_QUESTIONS, "output", "completion", "answer", "input", "history", *_CHAT),
-            "answers labelled good or bad", (),
+            "answers labelled good or bad", ("kto",),
         ),
     )
 }  # fmt: skip

@@ -27,7 +27,7 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "number": ("<u8", 1),
     "key": ("<u8", 1),
     "key2": ("<u8", 1),
-    "marks": ("<u4", 7),
+    "marks": ("<u4", 8),
 }
 
 # Files that stay open, of all tables together; systems allow a process 1,024, or 256, and tables may be more.
@@ -46,7 +46,7 @@ def packed(samples: Sequence[EncodedSample], numbers: Sequence[int] | None = Non
     marks = [
         (
             s.without_end_token, s.control_tokens_in_text, s.lost_characters, s.is_cut, s.lost_end,
-            s.worse_from, s.fork,
+            s.worse_from, s.fork, 0 if s.label is None else 1 + s.label,
         )
         for s in samples
     ]  # fmt: skip
@@ -99,7 +99,7 @@ class TokenTable:
         words = self._read("tokens", int(self._start[index]), int(self.length[index])).astype(np.uint32)
         line = int(self._read("line", index, 1)[0])
         marks = self._read("marks", index, 1)[0].tolist()
-        without_end, control, lost, is_cut, lost_end, worse_from, fork = marks
+        without_end, control, lost, is_cut, lost_end, worse_from, fork, label = marks
         return EncodedSample(
             tuple((words & np.uint32(_TRAINED - 1)).tolist()),
             tuple((words >= np.uint32(_TRAINED)).tolist()),
@@ -111,6 +111,7 @@ class TokenTable:
             bool(lost_end),
             worse_from,
             fork,
+            label == 2 if label else None,
         )
 
     def numbers(self) -> NDArray[Any]:

@@ -313,8 +313,8 @@ def _probe(
                 return None
             _update(optimizer)
         updated = clock.lap()
-        # A reference is a forward pass more, whose memory a training step's exceeds.
-        forwards = 2 if objective_of(run.train.objective, run.train.beta).needs_reference else 1
+        # The base's passes and others before a step keep nothing: its own exceeds their memory.
+        forwards = objective_of(run.train.objective, run.train.beta).forwards
         times.append(forwards * sum(passes[0]) + sum(passes[1]) + share * updated)
         spent += clock.now - start
     rooms.clear()

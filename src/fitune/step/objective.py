@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fitune.data.batch import Batch
+from fitune.data.mismatch import mismatched
 from fitune.errors import FituneError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import a_pass
@@ -22,13 +23,14 @@ class Sums:
 
     Attributes:
         terms: the objective's parts, each a sum over the micro-batch, to be divided by the step's `counts`.
-        right: in how many pairs the better answer gained more than the worse one.
-        margin: by how much, summed over the pairs.
+        right: how many pairs (or judged answers) are on the right side: the better answer gained more than the worse.
+        margin: by how much, summed over them; judged: how many there are.
     """
 
     terms: tuple[Tensor, ...]
     right: float = 0.0
     margin: float = 0.0
+    judged: int = 0
 
 
 class Objective(Protocol):
@@ -38,6 +40,13 @@ class Objective(Protocol):
     def needs_reference(self) -> bool:
         """Whether it looks at what the base makes of the same tokens."""
 
+    @property
+    def forwards(self) -> int:
+        """Forward passes of a step, those of the base and of what `begin` looks at included."""
+
+    def begin(self, model: FusedModel, batches: Sequence[Batch]) -> Objective:
+        """What it is for the step of these micro-batches."""
+
     def counts(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the terms of a step are divided by, this micro-batch's part of it."""
 
@@ -45,10 +54,19 @@ class Objective(Protocol):
         """From log-probabilities [n] of the tokens of non-zero weight, differentiable, and the reference's [n]."""
 
 
-class Supervised:
-    """The mean negative log-probability of the trained tokens."""
+class _Plain:
+    """The same for every step."""
 
     needs_reference = False
+    forwards = 1
+
+    def begin(self, model: FusedModel, batches: Sequence[Batch]) -> Self:
+        """As of all objectives."""
+        return self
+
+
+class Supervised(_Plain):
+    """The mean negative log-probability of the trained tokens."""
 
     def counts(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tokens' weights."""
@@ -60,7 +78,7 @@ class Supervised:
 
 
 @dataclass(frozen=True)
-class DPO:
+class DPO(_Plain):
     """Direct preference optimisation (arXiv 2305.18290, equation 7): -log sigmoid(beta (gain of better - of worse)).
 
     A gain is how much likelier the model makes an answer than the reference does: log pi(y|x) - log pi_ref(y|x).
@@ -68,6 +86,7 @@ class DPO:
 
     beta: float
     needs_reference = True
+    forwards = 2
 
     def counts(self, batch: Batch) -> tuple[Tensor, ...]:
         """The pairs."""
@@ -82,7 +101,7 @@ class DPO:
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(_Plain):
     """Odds ratio preference optimisation (arXiv 2403.07691, equation 6): supervised on the better answer, and
     -beta log sigmoid(log odds of better - of worse).
 
@@ -90,7 +109,6 @@ class ORPO:
     """
 
     beta: float
-    needs_reference = False
 
     def counts(self, batch: Batch) -> tuple[Tensor, ...]:
         """The better answers' tokens, and the pairs."""
@@ -107,13 +125,64 @@ class ORPO:
         return _judged((-totals[:, 0].sum(), -self.beta * logsigmoid(margins).sum()), margins)
 
 
+@dataclass(frozen=True)
+class KTO(_Plain):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306, equation 8), of answers that are good or bad by themselves:
+    weight (1 - sigmoid(beta (gain - z))) of a good one, weight (1 - sigmoid(beta (z - gain))) of a bad one.
+
+    Attributes:
+        baseline: z, the gain of answers in general: the mean over the step's questions, each with the answer to
+            another one, and at least 0.
+    """
+
+    beta: float
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
+    baseline: float = 0.0
+    needs_reference = True
+    forwards = 4
+
+    def begin(self, model: FusedModel, batches: Sequence[Batch]) -> KTO:
+        """With the step's baseline."""
+        gains, count = 0.0, 0
+        was_training = model.graph.training
+        model.graph.eval()
+        for batch in mismatched(batches):
+            reference = reference_of(model, batch, self)
+            assert reference is not None
+            with a_pass(), torch.no_grad():
+                logprobs, weights = model.logprobs(batch)
+                gains += float(((logprobs.double() - reference.double()) * weights).sum())
+            count += int((batch.labels != 0).sum())
+        model.graph.train(was_training)
+        return replace(self, baseline=max(0.0, gains / count) if count else 0.0)
+
+    def counts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The judged answers."""
+        return ((batch.labels != 0).sum().float(),)
+
+    def sums(self, logprobs: Tensor, weights: Tensor, batch: Batch, reference: Tensor | None) -> Sums:
+        """As of all objectives."""
+        assert reference is not None
+        gains, _ = _by_document(logprobs - reference, weights, batch)
+        judged = batch.labels != 0
+        labels = batch.labels[judged]
+        margins = self.beta * labels * (gains[judged] - self.baseline)
+        share = torch.where(labels > 0, self.good_weight, self.bad_weight)
+        return _judged(((share * torch.sigmoid(-margins)).sum(),), margins)
+
+
 SUPERVISED = Supervised()
-PAIRED: dict[str, Callable[[float], Objective]] = {"dpo": DPO, "orpo": ORPO}
+# Those of pairs; all but supervised training judge answers.
+PAIRED = ("dpo", "orpo")
 
 
-def objective_of(name: str, beta: float) -> Objective:
-    """The objective of a run file's `train.objective` and `train.beta`."""
-    return SUPERVISED if name == "supervised" else PAIRED[name](beta)
+def objective_of(name: str, beta: float, good_weight: float = 1.0, bad_weight: float = 1.0) -> Objective:
+    """The objective of a run file's `train.objective`, with its settings."""
+    made: dict[str, Objective] = {
+        "supervised": SUPERVISED, "dpo": DPO(beta), "orpo": ORPO(beta), "kto": KTO(beta, good_weight, bad_weight),
+    }  # fmt: skip
+    return made[name]
 
 
 def _pairs(batch: Batch) -> Tensor:
@@ -121,22 +190,27 @@ def _pairs(batch: Batch) -> Tensor:
 
 
 def _of_answers(values: Tensor, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums over each answer's tokens of values [n] times their weights, and the weights' sums; both [p, 2]."""
+    """As `_by_document`, of both answers of each pair; [p, 2] each."""
+    sums, tokens = _by_document(values, weights, batch)
+    return sums[batch.pairs], tokens[batch.pairs]
+
+
+def _by_document(values: Tensor, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each document the sum of values [n] times their weights over its tokens, and that of the weights."""
     places = batch.weights.reshape(-1).nonzero().squeeze(1)
     documents = batch.document_of(places)
     zeros = values.new_zeros(len(batch.documents))
-    sums = zeros.index_add(0, documents, values * weights)
-    return sums[batch.pairs], zeros.index_add(0, documents, weights)[batch.pairs]
+    return zeros.index_add(0, documents, values * weights), zeros.index_add(0, documents, weights)
 
 
 def _judged(terms: tuple[Tensor, ...], margins: Tensor) -> Sums:
     found = margins.detach()
-    return Sums(terms, float((found > 0).sum()), float(found.sum()))
+    return Sums(terms, float((found > 0).sum()), float(found.sum()), len(found))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An objective's value over some micro-batches; the last two are None where there are no pairs."""
+    """An objective's value over some micro-batches; the last two are None where nothing is judged."""
 
     loss: float
     reward_accuracy: float | None
@@ -145,9 +219,12 @@ class Measured:
 
 def measure(model: FusedModel, batches: Iterable[Batch], objective: Objective) -> Measured:
     """The objective's value, without gradients, as the model is now; NaN where there is nothing to measure."""
+    if objective.forwards > 2:  # it looks at all of them first
+        batches = list(batches)
+        objective = objective.begin(model, batches)
     terms: list[float] = []
     counts: list[float] = []
-    pairs = right = margin = 0.0
+    judged = right = margin = 0.0
     with torch.no_grad():
         for batch in batches:
             if not batch.trained_tokens:
@@ -158,9 +235,9 @@ def measure(model: FusedModel, batches: Iterable[Batch], objective: Objective) -
             found = objective.sums(logprobs.double(), weights.double(), batch, reference)
             terms = [one + float(other) for one, other in _together(terms, found.terms)]
             counts = [one + float(other) for one, other in _together(counts, objective.counts(batch))]
-            pairs, right, margin = pairs + len(batch.pairs), right + found.right, margin + found.margin
+            judged, right, margin = judged + found.judged, right + found.right, margin + found.margin
     loss = sum(term / count for term, count in zip(terms, counts, strict=True)) if terms else float("nan")
-    return Measured(loss, right / pairs if pairs else None, margin / pairs if pairs else None)
+    return Measured(loss, right / judged if judged else None, margin / judged if judged else None)
 
 
 def reference_of(model: FusedModel, batch: Batch, objective: Objective) -> Tensor | None:

@@ -38,7 +38,8 @@ class StepResult:
         grad_norm: of all gradients together, before clipping.
         trained_tokens: how many tokens counted.
         tokens: how many tokens went through the model.
-        reward_accuracy: in which share of the step's pairs the better answer gained more; None: there are none.
+        reward_accuracy: which share of the step's pairs is told apart rightly (the better answer gained more), or of
+            its judged answers (a good one gained more than others do, a bad one less); None: there are none.
         reward_margin: by how much, on average.
     """
 
@@ -63,9 +64,11 @@ def update(
     """
     totals = [float(sum(counts)) for counts in zip(*map(objective.counts, batches), strict=True)]
     if not all(totals):
-        raise FituneError("a step without a single trained token, or without a pair")
+        raise FituneError("a step without a single trained token, pair or judged answer")
     gradients = gradients_of(optimizer)
+    objective = objective.begin(model, batches)
     loss = right = margin = 0.0
+    judged = 0
     for batch in batches:
         if not batch.trained_tokens:
             continue
@@ -77,7 +80,7 @@ def update(
             part = sum(terms[1:], terms[0])
             part.backward()
             loss += float(part.detach())
-            right, margin = right + found.right, margin + found.margin
+            judged, right, margin = judged + found.judged, right + found.right, margin + found.margin
             del logprobs, found, terms, part
     norm = gradients.norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -90,12 +93,11 @@ def update(
         group["lr"] = learning_rate * group.get("rate_ratio", 1.0)
     optimizer.step()
     gradients.clear()
-    pairs = sum(len(batch.pairs) for batch in batches)
     return StepResult(
         loss,
         norm,
         sum(batch.trained_tokens for batch in batches),
         sum(batch.tokens.numel() for batch in batches),
-        right / pairs if pairs else None,
-        margin / pairs if pairs else None,
+        right / judged if judged else None,
+        margin / judged if judged else None,
     )

@@ -42,11 +42,13 @@ from fitune.train.run_folder import RunFolder
 from fitune.train.stall_watch import StallWatch
 
 # LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
-# Preferences want less: TRL's own scripts take 5e-6 (dpo.py) and 8e-5 (orpo.py) with adapters, a tenth without.
+# Preferences want less: TRL's own scripts take 5e-6 (dpo.py) and 8e-5 (orpo.py) with adapters, a tenth without;
+# for kto without its guide says at most 1e-6.
 LEARNING_RATES = {
     "supervised": {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5},
     "dpo": {"qlora": 5e-6, "lora": 5e-6},
     "orpo": {"qlora": 8e-5, "lora": 8e-5, "full": 8e-6},
+    "kto": {"qlora": 5e-6, "lora": 5e-6},
 }
 
 # A checkpoint that found no room on the disk is tried again after so many steps.
@@ -242,7 +244,7 @@ def _take_steps(
 ) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
-    schedule, objective = schedule_of(config, steps), objective_of(settings.objective, settings.beta)
+    schedule, objective = schedule_of(config, steps), objective_for(settings)
     progress = Progress()
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model, optimizer)
@@ -342,6 +344,11 @@ def _take_steps(
         take_best(folder.best, model)
         say(f"the result is the model after step {step}, whose validation loss was the best")
     return progress
+
+
+def objective_for(settings: TrainSettings) -> Objective:
+    """The run's objective."""
+    return objective_of(settings.objective, settings.beta, settings.good_weight, settings.bad_weight)
 
 
 def schedule_of(config: RunConfig, steps: int) -> Schedule:

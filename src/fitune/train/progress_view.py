@@ -119,7 +119,7 @@ class TrainingView:
         if self._validation is not None:
             facts.append(f"validation {self._validation:.4f}")
         if record.reward_accuracy is not None and record.reward_margin is not None:
-            facts.append(f"{record.reward_accuracy:.0%} of pairs right (margin {record.reward_margin:+.3f})")
+            facts.append(f"{record.reward_accuracy:.0%} judged right (margin {record.reward_margin:+.3f})")
         return [
             *facts,
             f"learning rate {record.learning_rate:.2e}",

@@ -131,7 +131,7 @@ def prepare_run(
         raise InputError(f"two answers cannot lie in a row of this model: {reason}", where="train.objective")
     rows = Rows(
         data.train, _row_tokens(config, data, pack), config.train.micro_batch, config.train.accumulation,
-        config.seed, pack, int(pad or 0), share=not of_pairs,
+        config.seed, pack, int(pad or 0), share=config.train.objective == "supervised",
     )  # fmt: skip
     workload = _workload(config, rows)
     prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
