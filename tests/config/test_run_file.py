@@ -356,6 +356,18 @@ evaluate:
             "line 4: train.compute: int8 does not cover dropout",
         ),
         ("method: full\ntrain:\n  objective: dpo\n", "line 5: train.objective: dpo compares with the base"),
+        (
+            "lora:\n  rank_pattern: {q_proj: 5000}\n",
+            "line 4: lora.rank_pattern.q_proj: must be a whole number from 1 to 1024, found 5000",
+        ),
+        (
+            "lora:\n  rank_pattern: {q_proj: many}\n",
+            "line 4: lora.rank_pattern: must be a whole number from 1 to 1024, found many",
+        ),
+        (
+            "lora:\n  rank_pattern: 5\n",
+            "line 4: lora.rank_pattern: must be a mapping of text to a whole number from 1 to 1024, found 5",
+        ),
         ("train:\n  beta: 0.2\n", "line 4: train.beta: has no effect on supervised training"),
         ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on pairs"),
         ("train:\n  steps: 5\n  epochs: 2\n", "line 4: train.steps: given together with train.epochs"),

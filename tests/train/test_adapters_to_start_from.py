@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_runs import adapter_bits, config_of, run, stop_after
 from transformers import AutoModelForCausalLM
 
 from fitune.errors import InputError, Interrupted
 from fitune.step.parameter_groups import parameter_groups
+from fitune.train.run import plan_run, prepare_run
+from tiny_models import model_of
 
 STILL = ("train.learning_rate=1e-30", "train.steps=1", "train.schedule=constant")
 
@@ -70,7 +72,7 @@ def test_an_adapter_of_peft_is_gone_on_with_and_resumed(place: Path, tmp_path: P
     ("settings", "told"),
     [
         ({"r": 4, "target_modules": ["q_proj"], "use_dora": True}, "this adapter uses use_dora True"),
-        ({"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "uses rank_pattern"),
+        ({"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}, "layers_to_transform"),
         ({"r": 4, "target_modules": r".*layers\.0\.self_attn\.q_proj"}, "on some layers of the names q_proj"),
     ],
@@ -131,3 +133,48 @@ def test_groups_of_targets(place: Path, tmp_path: Path, targets: str, count: int
     assert len(found) == 2 * count
     parts = {name.split(".layers.")[1].split(".")[1] for name in found}
     assert parts == {"attention": {"self_attn"}, "mlp": {"mlp"}}.get(targets, {"self_attn", "mlp"})
+
+
+PATTERNS = [
+    "lora.rank=4",
+    "lora.rank_pattern={q_proj: 2, 'layers.1.mlp.up_proj': 7}",
+    "lora.alpha_pattern={q_proj: 3}",
+]
+
+
+def test_ranks_of_their_own(place: Path, tmp_path: Path) -> None:
+    """They are in the adapter as PEFT reads it, in the plan, and in a run that goes on from it."""
+    config = config_of(place, *PATTERNS, "train.steps=2")
+    prepared = prepare_run(config)
+    plan = plan_run(prepared, with_time=False)
+    first = run(config, tmp_path / "first")
+    found = tensors_of(first.folder.adapter)
+    ranks = {name: value.shape[0] for name, value in found.items() if ".lora_A." in name}
+    for name, rank in ranks.items():
+        assert rank == (2 if "q_proj" in name else 7 if "1.mlp.up_proj" in name else 4)
+    trained = {item.name: item.value for item in plan.memory}["trained weights"]
+    assert trained == 4 * sum(value.numel() for value in found.values())
+    shown = {item.name: item.value for item in plan.settings}
+    assert shown["rank"] == "4; q_proj 2, layers.1.mlp.up_proj 7"
+    assert str(shown["trained"]).startswith(f"{trained // 4:,} weights, ")
+    theirs = PeftModel.from_pretrained(model_of("llama"), str(first.folder.adapter))
+    scalings = {name: m.scaling["default"] for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert {scaling for name, scaling in scalings.items() if "q_proj" in name} == {1.5}
+    still = run(config_of(place, f"lora.start_from={first.folder.path}", *STILL), tmp_path / "second")
+    assert {name: value.shape for name, value in tensors_of(still.folder.adapter).items()} == {
+        name: value.shape for name, value in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("lora.rank_pattern={q_porj: 2}", "lora.rank_pattern: 'q_porj' fits none of the adapted layers"),
+        ("lora.alpha_pattern={'q_(proj': 2}", "lora.alpha_pattern: 'q_(proj' is no pattern"),
+        ("lora.rank_pattern={proj: 2}", "'proj' fits none"),
+    ],
+)
+def test_patterns_that_fit_nothing_are_refused(place: Path, tmp_path: Path, pattern: str, told: str) -> None:
+    with pytest.raises(InputError) as refused:
+        run(config_of(place, pattern), tmp_path / "run")
+    assert told in str(refused.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,20 @@ LayerFactory = Callable[..., nn.Module | None]
 
 def inject(
     model: PreTrainedModel, head: str, *, rank: int, alpha: float, dropout: float, targets: Any, rslora: bool,
-    seed: int, base_name: str, layer: LayerFactory | None = None,
+    seed: int, base_name: str, layer: LayerFactory | None = None, rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> PeftModel:  # fmt: skip
     """`model` with a fresh adapter (A random from `seed`, B zero) on every target; the base is frozen.
 
-    `layer` makes the LoRA layers (the fused ones); where it returns None PEFT's own are used.
+    `layer` makes the LoRA layers (the fused ones); where it returns None PEFT's own are used. The patterns are as
+    PEFT's: ends of names, or expressions, with the rank and alpha of the layers that they fit.
     Raises InputError for targets that match nothing.
     """
     names = target_names(model, head, targets)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=names, bias="none",
-        task_type="CAUSAL_LM", base_model_name_or_path=base_name,
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name, rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
     )  # fmt: skip
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})

@@ -14,9 +14,9 @@ from fitune.adapters.outer_names import Rename
 from fitune.adapters.targets import target_names
 from fitune.errors import InputError
 
-# What PEFT's LoRA can do beside a matrix pair of one rank on each module, by the value that means: not here.
+# What PEFT's LoRA can do beside a matrix pair on each module, by the value that means: not here.
 _BESIDE = {
-    "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none",
+    "use_dora": False, "modules_to_save": None, "bias": "none",
     "fan_in_fan_out": False, "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "lora_bias": False, "use_qalora": False, "corda_config": None, "arrow_config": None,
 }  # fmt: skip
@@ -31,6 +31,8 @@ class AdapterSettings:
     alpha: float
     rslora: bool
     targets: str | tuple[str, ...]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
 
 
 def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename | None = None) -> AdapterSettings:
@@ -56,7 +58,8 @@ def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename |
     names = {inner(name) for name in names} if inner is not None else names
     return AdapterSettings(
         int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora")),
-        _targets(names, graph, head, folder),
+        _targets(names, graph, head, folder), dict(config.get("rank_pattern") or {}),
+        dict(config.get("alpha_pattern") or {}),
     )  # fmt: skip
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +17,42 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune.errors import InputError
 from fitune.models.graph import is_plain_linear, router_names
+
+
+class TargetSettings(Protocol):
+    """The run file's `lora` section, as far as it says which layers are adapted with which rank."""
+
+    @property
+    def targets(self) -> str | Sequence[str]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def rank_pattern(self) -> Mapping[str, int]: ...
+    @property
+    def alpha_pattern(self) -> Mapping[str, float]: ...
+
+
+def target_ranks(model: PreTrainedModel, head: str, settings: TargetSettings) -> dict[str, int]:
+    """The layers to adapt as `target_names` has them, with the rank of each.
+
+    Raises InputError as that, and for patterns that no such layer fits.
+    """
+    names = target_names(model, head, settings.targets)
+    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    problems = []
+    for field, pattern in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        for key in pattern:
+            try:
+                fits = any(get_pattern_key([key], name) == key for name in names)
+            except re.error as error:
+                problems.append(f"lora.{field}: {key!r} is no pattern: {error}")
+                continue
+            if not fits:
+                problems.append(f"lora.{field}: {key!r} fits none of the adapted layers (there are: {kinds})")
+    if problems:
+        raise InputError(problems)
+    pattern = settings.rank_pattern
+    return {name: pattern.get(get_pattern_key(list(pattern), name), settings.rank) for name in names}
 
 
 def refused_by_peft(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:

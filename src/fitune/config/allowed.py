@@ -22,7 +22,7 @@ class Option:
     Attributes:
         type: int, float, bool, str, NoneType, Literal, tuple, dict or a Section class.
         marks: bounds and path marks that hold for it.
-        items: what is inside: a literal's values, a list's or a pair's entries.
+        items: what is inside: a literal's values, a list's or a pair's entries, a mapping's values.
         is_open: a list of any length (a tuple type with `...`).
     """
 
@@ -53,7 +53,7 @@ def _options(annotation: Any, marks: tuple[Any, ...] = ()) -> tuple[Option, ...]
         entries = tuple(_options(entry) for entry in (inner[:1] if is_open else inner))
         return (Option(tuple, marks, entries, is_open),)
     if origin is dict:
-        return (Option(dict, marks),)
+        return (Option(dict, marks, (_options(get_args(annotation)[1]),)),)
     return (Option(annotation, marks),)
 
 
@@ -113,11 +113,11 @@ def _option_in_words(option: Option) -> str:
         if option.marked(InputFile):
             return "a file's path"
         return "a folder's path" if option.marked(OutputFolder) else "text"
+    if option.type is dict:
+        return f"a mapping of text to {in_words(option.items[0])}"
     if option.type is DataSource:
         return "a file's path or a mapping {" + ", ".join(DataSource.model_fields) + "}"
-    return {bool: "true or false", dict: "a mapping of text to text", types.NoneType: "empty"}.get(
-        option.type, "a section with fields of its own"
-    )
+    return {bool: "true or false", types.NoneType: "empty"}.get(option.type, "a section with fields of its own")
 
 
 def in_words(options: Sequence[Option]) -> str:

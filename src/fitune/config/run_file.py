@@ -137,15 +137,17 @@ class _Reader:
             if option.type is tuple and section_of(option.items[0]) is not None:
                 self.lone.add(where)
                 return [self.value(node, option.items[0], where)]
-        if not any(option.type is dict for option in options):
+        held = next((option.items[0] for option in options if option.type is dict), None)
+        if held is None:
             raise UnfitError(f"must be {in_words(options)}, found a mapping")
-        mapping: dict[str, str] = {}
+        mapping: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 raise UnfitError(f"must be {in_words(options)}, found {described(key)} as a key")
             if key.value in mapping:
                 raise UnfitError(f"{described(key)} is given twice; keep one")
-            mapping[key.value] = self.scalar(value, (Option(str),), where)
+            self.nodes[f"{where}.{key.value}"] = value
+            mapping[key.value] = self.scalar(value, held, where)
         return mapping
 
     def sequence(self, node: SequenceNode, options: tuple[Option, ...], where: str) -> Any:
@@ -305,6 +307,9 @@ class _Reader:
             if where.startswith(f"{alone}[0]"):
                 where = alone + where.removeprefix(f"{alone}[0]")
         options = _options_at(names)
+        held = next((option.items[0] for option in options if option.type is dict), None)
+        if held is not None and fault["loc"][-1] != names[-1]:
+            where, options = f"{where}.{fault['loc'][-1]}", held
         if self.is_bad(where):
             return _take_out(values, names)
         self.bad.add(where)

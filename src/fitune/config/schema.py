@@ -189,6 +189,16 @@ class LoraSettings(Section):
             examples=[["q_proj", "v_proj"]],
         )
     )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default={},
+        description="Other ranks for some modules: {end of their names, or an expression for it: rank}",
+        examples=[{"q_proj": 32}],
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=65536)]] = Field(
+        default={},
+        description="Other alphas for some modules",
+        examples=[{"q_proj": 64}],
+    )
     b_rate_ratio: float | None = Field(
         default=None,
         gt=0,
@@ -199,7 +209,7 @@ class LoraSettings(Section):
     start_from: Annotated[Text, InputFolder()] | None = Field(
         default=None,
         description="An adapter to go on from, of this or another program: a folder as PEFT writes it, or a run's; "
-        "rank, alpha, targets and rslora are the adapter's",
+        "rank, alpha, their patterns, targets and rslora are the adapter's",
         examples=["runs/first"],
     )
     rslora: bool = Field(

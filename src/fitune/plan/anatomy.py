@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fitune.adapters.targets import target_names
+from fitune.adapters.targets import target_ranks
 from fitune.config.schema import RunConfig
 from fitune.fuse.int8_calibration import OUTLIERS
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
@@ -61,6 +61,7 @@ class Anatomy:
         trained: shape -> how many trained tensors have it; all are float32.
         expert_counts: how many experts its mixtures have.
         layers: its decoder layers.
+        elements: how many numbers the model has, without adapters.
     """
 
     frozen_bytes: int
@@ -71,6 +72,7 @@ class Anatomy:
     trained: Counter[tuple[int, ...]]
     expert_counts: frozenset[int]
     layers: Layers
+    elements: int
 
     def resident_bytes(self, resident_layers: int | None) -> int:
         """Of the frozen weights, where so many layers stay in memory (None: all), with one more coming and one going.
@@ -113,7 +115,7 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
     dtype = torch.float32 if full else dtype
     graph = build_graph(config, dtype)
     quantised = frozenset(quantised_names(graph) if run.method == "qlora" else ())
-    adapted = [] if full else target_names(graph, head_name(graph), run.lora.targets)
+    adapted = {} if full else target_ranks(graph, head_name(graph), run.lora)
     frozen = _buffer_bytes(graph, dtype)
     trained: Counter[tuple[int, ...]] = Counter()
     in_layers: Counter[int] = Counter()
@@ -130,10 +132,10 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
             trained[tuple(parameter.shape)] += 1
         else:
             frozen += parameter.numel() * parameter_dtype(graph, name, dtype).itemsize
-    for name in adapted:
+    for name, rank in adapted.items():
         rows, columns = _features(graph.get_submodule(name))
-        trained[run.lora.rank, columns] += 1
-        trained[rows, run.lora.rank] += 1
+        trained[rank, columns] += 1
+        trained[rows, rank] += 1
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
     layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
     is_mapped = run.method == "qlora" and dtype != torch.float32  # wider ones are copies, and stay
@@ -147,6 +149,7 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         trained,
         expert_counts(config),
         _layers(graph, None if full else adapted),
+        sum(parameter.numel() for parameter in graph.parameters()),
     )
 
 
@@ -196,8 +199,8 @@ def _features(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def _layers(graph: PreTrainedModel, adapted: Collection[str] | None) -> Layers:
-    """`adapted`: names of the layers with an adapter; None where every weight learns."""
+def _layers(graph: PreTrainedModel, adapted: Mapping[str, int] | None) -> Layers:
+    """`adapted`: names of the layers with an adapter, and its rank; None where every weight learns."""
     path, modules = _largest_list(graph)
     if path is None or _share_parameters(modules):
         return WHOLE
@@ -245,8 +248,9 @@ def _per_layer_settings(config: PretrainedConfig, layers: int) -> list[Sequence[
     ]  # fmt: skip
 
 
-def _adapted_inside(prefix: str, adapted: Collection[str] | None) -> tuple[str, ...]:
-    return tuple(sorted(name.removeprefix(prefix) for name in adapted or () if name.startswith(prefix)))
+def _adapted_inside(prefix: str, adapted: Mapping[str, int] | None) -> tuple[tuple[str, int], ...]:
+    found = (adapted or {}).items()
+    return tuple(sorted((name.removeprefix(prefix), rank) for name, rank in found if name.startswith(prefix)))
 
 
 def _kind(layer: nn.Module) -> Hashable:

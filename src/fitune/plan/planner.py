@@ -164,11 +164,23 @@ def _origin(name: str, given: Collection[str]) -> str:
     return "you" if name in given else "default"
 
 
+def trained_share(anatomy: Anatomy) -> str:
+    """How many weights learn, and of how many."""
+    count = anatomy.trained_elements
+    return f"{count:,} weights, {count / max(1, anatomy.elements):.2%} of the model's {anatomy.elements:,}"
+
+
 def parts_at_peak(step: StepMemory, held: int, trained_bytes: int) -> tuple[int, int, int]:
     """Gradients, saved activations and workspaces when the step holds so much: not all of each need be alive."""
     saved = min(step.saved, held - step.optimizer)
     gradients = 0 if step.disk else min(trained_bytes, held - step.optimizer - saved)
     return gradients, saved, held - step.optimizer - saved - gradients
+
+
+def _ranks(run: RunConfig) -> int | str:
+    """The adapters' rank; with those of other layers, where there are any."""
+    others = ", ".join(f"{key} {rank}" for key, rank in run.lora.rank_pattern.items())
+    return f"{run.lora.rank}; {others}" if others else run.lora.rank
 
 
 def resolved_settings(
@@ -185,7 +197,7 @@ def resolved_settings(
         Item("tokens", workload.tokens, "", "data"),
     )
     return (
-        Item("rank", run.lora.rank, "", _origin("rank", run.lora.model_fields_set)),
+        Item("rank", _ranks(run), "", _origin("rank", run.lora.model_fields_set)),
         Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
         Item("micro-batch", train.micro_batch, "rows", origin("micro_batch")),
         Item("accumulation", train.accumulation, "micro-batches", origin("accumulation")),
@@ -242,6 +254,7 @@ def make_plan(
         whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)
     settings = (
         *resolved_settings(run, workload, learning_rate, {choice.setting for choice in choices}),
+        Item("trained", trained_share(anatomy), "", "derived"),
         *_streaming(run, anatomy, choices),
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),

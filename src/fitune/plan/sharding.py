@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from fitune.adapters.targets import target_names
+from fitune.adapters.targets import target_ranks
 from fitune.config.schema import RunConfig
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
 from fitune.models.graph import build_graph, head_name, parameter_dtype, quantised_names
@@ -130,7 +130,7 @@ def read_units(run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, dtype
             held = parameter_dtype(graph, name, dtype) if parameter.is_floating_point() else parameter.dtype
             add(name, elements * held.itemsize, 4 * elements * learns)
     if run.method != "full":
-        for name in target_names(graph, head_name(graph), run.lora.targets):
-            adapter = 4 * run.lora.rank * sum(graph.get_submodule(name).weight.shape)
+        for name, rank in target_ranks(graph, head_name(graph), run.lora).items():
+            adapter = 4 * rank * sum(graph.get_submodule(name).weight.shape)
             add(name, adapter, adapter)
     return Units(root, tuple(sizes), max(trained, default=0))

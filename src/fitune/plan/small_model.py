@@ -58,6 +58,7 @@ def small_model(
         adapted = inject(
             graph, head_name(graph), rank=run.lora.rank, alpha=run.lora.alpha, dropout=run.lora.dropout,
             targets=run.lora.targets, rslora=run.lora.rslora, seed=0, base_name="", layer=fused_lora_layer,
+            rank_pattern=run.lora.rank_pattern, alpha_pattern=run.lora.alpha_pattern,
         )  # fmt: skip
     plain_attention = graph.config._attn_implementation
     model = prepare(graph, adapted, dtype, backend, proofs=False)

@@ -55,7 +55,8 @@ def build_for_training(
             adapted = inject(
                 graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
                 targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
-                layer=fused_lora_layer,
+                layer=fused_lora_layer, rank_pattern=config.lora.rank_pattern,
+                alpha_pattern=config.lora.alpha_pattern,
             )  # fmt: skip
     resident = config.train.resident_layers
     stream = None if resident is None else stream_layers(graph, resident)
