@@ -368,6 +368,14 @@ evaluate:
             "lora:\n  rank_pattern: 5\n",
             "line 4: lora.rank_pattern: must be a mapping of text to a whole number from 1 to 1024, found 5",
         ),
+        (
+            "train:\n  trackers: wandb\n",
+            "line 4: train.trackers: must be a list, each one of wandb, mlflow, trackio, swanlab, or empty",
+        ),
+        (
+            "train:\n  trackers: [wanda]\n",
+            "line 4: train.trackers[0]: must be one of wandb, mlflow, trackio, swanlab, found wanda",
+        ),
         ("train:\n  beta: 0.2\n", "line 4: train.beta: has no effect on supervised training"),
         ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on pairs"),
         ("train:\n  steps: 5\n  epochs: 2\n", "line 4: train.steps: given together with train.epochs"),

@@ -104,6 +104,8 @@ def _option_in_words(option: Option) -> str:
         return f"one of {', '.join(option.items)}" if len(option.items) > 1 else str(option.items[0])
     if option.type is tuple:
         entry = in_words(option.items[0])
+        if option.is_open and option.items[0][0].type is Literal:
+            return f"a list, each {entry}"
         if option.is_open:
             return f"a list of {'files' if section_of(option.items[0]) else 'names'}"
         return f"a list of {len(option.items)}, each {entry}"

@@ -361,6 +361,13 @@ class TrainSettings(Section):
         description="Write a checkpoint after every so many steps; without it at the end",
         examples=[100],
     )
+    trackers: Annotated[
+        tuple[Literal["wandb", "mlflow", "trackio", "swanlab"], ...] | None, BeforeValidator(_as_tuple)
+    ] = Field(
+        default=None,
+        description="Programs told of every step, beside metrics.jsonl and TensorBoard; they must be installed",
+        examples=[["wandb"]],
+    )
     keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="The newest checkpoints to keep")
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None,

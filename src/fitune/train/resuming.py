@@ -22,7 +22,7 @@ from fitune.train.run_folder import RunFolder, find_adapter
 # What a resumed run may do otherwise: it changes no bit of what is trained.
 _FREE_TO_CHANGE = {
     "save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None, "resident_layers": None,
-    "optimizer_states": "memory",
+    "optimizer_states": "memory", "trackers": None,
 }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ from fitune.train.prepare import build_for_training
 from fitune.train.resuming import identity_of, refuse_another_run, resume_point
 from fitune.train.run_folder import RunFolder, find_adapter
 from fitune.train.tensorboard_log import TensorBoardLog
+from fitune.train.trackers import Trackers, check_trackers
 from fitune.train.trained_model import read_run_config
 from fitune.train.weights import save_weights
 
@@ -109,6 +110,7 @@ def prepare_run(
     Where the run has a memory budget or method auto, its settings are chosen to fit, and the plan made, unless not
     to `choose`: a resumed run has the settings that it began with. Raises InputError where nothing fits.
     """
+    check_trackers(config.train.trackers or ())
     hardware = detect()
     computation = choose_computation(config, hardware)
     computation.begin()
@@ -281,6 +283,8 @@ def train_run(
         validation: list[tuple[int, float]] = []
         records: list[StepRecord] = []
         board = TensorBoardLog(folder.tensorboard, say)
+        trackers = Trackers(config.train.trackers or (), folder, config.model_dump(mode="json"), say)
+        is_whole = False
 
         def collect(record: StepRecord | ValidationRecord) -> None:
             if isinstance(record, StepRecord):
@@ -289,6 +293,7 @@ def train_run(
             else:
                 validation.append((record.step, record.validation_loss))
             board(record)
+            trackers(record)
             if watch is not None:
                 watch(record)
 
@@ -298,8 +303,10 @@ def train_run(
                 config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say,
                 plan.budget_bytes,
             )  # fmt: skip
+            is_whole = True
         finally:
             board.close()
+            trackers.close(is_whole)
         base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
         if model.adapted is not None:
             save_adapter(model.adapted, folder.adapter, base, prepared.source.outer_module)

@@ -5,6 +5,7 @@ plan.json      what was expected                       checkpoints/   step-00012
 metrics.jsonl  one line a step                         summary.json   what came out
 tensorboard/   the same as TensorBoard events          report.html    what came out, to look at
 evaluation.json  the scores, where the run is judged
+trackers.json  by what name train.trackers know it
 best/          with train.restore_best: the trained weights of the best validation so far
 """
 

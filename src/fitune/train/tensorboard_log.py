@@ -15,6 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fitune.train.loop import StepRecord, ValidationRecord
 from fitune.train.patient_file import PatientFile
+from fitune.train.scalars import scalars_of
 
 
 class TensorBoardLog:
@@ -27,22 +28,7 @@ class TensorBoardLog:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def __call__(self, record: StepRecord | ValidationRecord) -> None:
-        if isinstance(record, ValidationRecord):
-            scalars = {"validation/loss": record.validation_loss}
-            more = {"validation/reward_accuracy": record.validation_reward_accuracy}
-        else:
-            scalars = {
-                "train/loss": record.loss,
-                "train/learning_rate": record.learning_rate,
-                "train/grad_norm": record.grad_norm,
-                "speed/tokens_per_second": record.tokens_per_second,
-                "memory/resident_bytes": float(record.memory_bytes),
-            }
-            more = {
-                "train/reward_accuracy": record.reward_accuracy,
-                "train/reward_margin": record.reward_margin,
-            }
-        scalars |= {tag: value for tag, value in more.items() if value is not None}
+        scalars = scalars_of(record)
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(Event(wall_time=time.time(), step=record.step, summary=Summary(value=values)))
 

@@ -1,0 +1,25 @@
+"""A run's records as numbers by name, as TensorBoard and other programs show them."""
+
+from __future__ import annotations
+
+from fitune.train.loop import StepRecord, ValidationRecord
+
+
+def scalars_of(record: StepRecord | ValidationRecord) -> dict[str, float]:
+    """`train/loss`, `validation/loss` and so on; without what there is none of."""
+    if isinstance(record, ValidationRecord):
+        found = {
+            "validation/loss": record.validation_loss,
+            "validation/reward_accuracy": record.validation_reward_accuracy,
+        }
+    else:
+        found = {
+            "train/loss": record.loss,
+            "train/learning_rate": record.learning_rate,
+            "train/grad_norm": record.grad_norm,
+            "train/reward_accuracy": record.reward_accuracy,
+            "train/reward_margin": record.reward_margin,
+            "speed/tokens_per_second": record.tokens_per_second,
+            "memory/resident_bytes": float(record.memory_bytes),
+        }
+    return {name: value for name, value in found.items() if value is not None}
