@@ -14,7 +14,7 @@ from tiny_runs import STEPS, adapter_bits, config_of, run, stop_after
 from fitune.config import load
 from fitune.data import encoded_file
 from fitune.errors import DiskFullError, InputError, Interrupted, MemoryShortError
-from fitune.train import memory_watch
+from fitune.train import loop, memory_watch
 from fitune.train.checkpoint import list_checkpoints, newest_whole
 from fitune.train.run import Outcome, plan_run, prepare_run, resumed, train_run
 from fitune.train.run_folder import RunFolder
@@ -284,3 +284,19 @@ def test_chosen_settings_stay_when_a_run_goes_on(place: Path, tmp_path: Path) ->
 def test_a_budget_that_nothing_fits_into_is_refused_before_anything_is_trained(place: Path) -> None:
     with pytest.raises(InputError, match="are too few: the least that this run takes is"):
         prepare_run(config_of(place, "method=auto", "memory=60MB"), with_time=False)
+
+
+def test_counting_very_many_rows_is_not_silent(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "WATCHED_ROWS", 1)
+    heard: list[tuple[str, int]] = []
+    prepared = prepare_run(
+        config_of(place, "train.steps=null", "train.epochs=2", "data.max_tokens=128"),
+        watch=lambda what, samples: heard.append((what, samples)),
+    )
+    count = len(prepared.data.train)
+    rows = {epoch: [samples for what, samples in heard if what == f"rows of epoch {epoch}"] for epoch in (1, 2)}
+    for found in rows.values():
+        assert len(found) > 2
+        assert found == sorted(found)
+        assert found[-1] == count
+    assert heard[0][0] == f"{place / 'train.jsonl'} as tokens"

@@ -17,21 +17,21 @@ LINE_SECONDS = 60.0
 
 @contextmanager
 def encoding() -> Iterator[Watch]:
-    """Something to tell of every chunk: (file, samples so far); shown on standard error."""
+    """Something to tell of every chunk: (what is done, samples so far); shown on standard error."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True)
     told = begun = time.perf_counter()
-    before: tuple[str, int] = ("", 0)  # the file, and its samples at `begun`
+    before: tuple[str, int] = ("", 0)  # what was done at `begun`, and its samples then
     shown = False
 
-    def watch(file: str, samples: int) -> None:
+    def watch(what: str, samples: int) -> None:
         nonlocal told, begun, before, shown
         now = time.perf_counter()
-        if file != before[0]:
-            begun, before = now, (file, samples)
-        words = f"{file}: {samples:,} samples as tokens"
+        if what != before[0]:
+            begun, before = now, (what, samples)
+        words = f"{what}: {samples:,} samples"
         if samples > before[1]:
             words += f", {(samples - before[1]) / max(1e-9, now - begun):,.0f} a second"
         if console.is_terminal and now - told > 0.2:

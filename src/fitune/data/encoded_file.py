@@ -37,7 +37,7 @@ _SHARED_FROM_BYTES = 1_000_000
 _HEAD = "table.json"
 _DEPENDENCIES = ("tokenizers", "transformers", "jinja2")
 
-# (file, samples encoded so far)
+# (what is done, samples done so far)
 Watch = Callable[[str, int], None]
 
 
@@ -153,7 +153,7 @@ def _encode_into(
         writer.append({**columns, "number": columns["number"] + np.uint64(tally.samples)})
         tally.add(found)
         if watch is not None:
-            watch(wanted.path, tally.samples)
+            watch(f"{wanted.path} as tokens", tally.samples)
     reader.problems.raise_if_any()
     return reader, tally
 

@@ -20,6 +20,7 @@ from fitune.atomic import write_text
 from fitune.config.schema import RunConfig, TrainSettings
 from fitune.data.batch import Batch
 from fitune.data.collation import collate
+from fitune.data.encoded_file import Watch
 from fitune.data.encoding import EncodedSample
 from fitune.data.order import Row, epoch_rows
 from fitune.errors import DiskFullError, FituneError, Interrupted, MemoryShortError
@@ -51,6 +52,8 @@ LEARNING_RATES = {
     "kto": {"qlora": 5e-6, "lora": 5e-6},
 }
 
+# Of rows that are counted, how many between two words of it.
+WATCHED_ROWS = 256
 # A checkpoint that found no room on the disk is tried again after so many steps.
 RETRY_STEPS = 10
 # Often enough to hold the heap's growth to a few per cent, seldom enough to cost none of the speed.
@@ -99,6 +102,7 @@ class Rows:
         row_tokens: how many tokens a row holds.
         micro_batch: rows to a micro-batch; accumulation: micro-batches to a step.
         share: whether the beginnings that packed samples share lie in a row once.
+        watch: is told how far counting is: of very many samples it takes minutes.
     """
 
     samples: Sequence[EncodedSample]
@@ -109,11 +113,12 @@ class Rows:
     pack: bool
     pad_id: int
     share: bool = True
+    watch: Watch | None = field(default=None, repr=False, compare=False)
     _counts: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, samples: Sequence[EncodedSample]) -> Rows:
         """Other samples, in rows of the same kind, one micro-batch to a step and nothing shared."""
-        return replace(self, samples=samples, accumulation=1, share=False, _counts={})
+        return replace(self, samples=samples, accumulation=1, share=False, watch=None, _counts={})
 
     def epoch(self, number: int) -> Iterator[list[Row]]:
         """The steps of an epoch, each so many rows; the last may be smaller."""
@@ -128,7 +133,12 @@ class Rows:
             rows = epoch_rows(
                 self.samples, self.row_tokens, self.micro_batch, self.seed, number, self.pack, self.share
             )
-            self._counts[known] = sum(1 for _ in rows)
+            count = samples = 0
+            for row in rows:
+                count, samples = count + 1, samples + len(row.samples)
+                if self.watch is not None and count % WATCHED_ROWS == 0:
+                    self.watch(f"rows of epoch {number + 1}", samples)
+            self._counts[known] = count
         return -(-self._counts[known] // (self.micro_batch * self.accumulation))
 
     def batches(self, rows: Sequence[Row]) -> list[Batch]:

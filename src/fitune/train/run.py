@@ -134,6 +134,7 @@ def prepare_run(
     rows = Rows(
         data.train, _row_tokens(config, data, pack), config.train.micro_batch, config.train.accumulation,
         config.seed, pack, int(pad or 0), share=config.train.objective == "supervised",
+        watch=watch,
     )  # fmt: skip
     workload = _workload(config, rows)
     prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
