@@ -77,7 +77,7 @@ def test_inspect_reads_a_run_file(questions: Path, tmp_path: Path) -> None:
     assert "give it alone" in err
 
 
-def test_what_cannot_be_trained_on_is_shown_and_exits_with_two(tmp_path: Path) -> None:
+def test_what_cannot_be_trained_on_is_shown_and_exits_with_two(questions: Path, tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",
         [{"messages": [{"role": "user", "content": "q"}]}, {"messages": [{"role": "user", "content": "r"}]}],
@@ -88,7 +88,8 @@ def test_what_cannot_be_trained_on_is_shown_and_exits_with_two(tmp_path: Path) -
     assert (facts["nothing_to_train"], facts["trained_tokens"]) == (2, 0)
     assert "2 of 2 samples have no token to train" in facts["refused"][0]
     judged = write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "label": True}])
-    code, out, _ = call("data", "inspect", "--no-time", judged, "--json")
+    assert facts_of("data", "inspect", "--no-time", judged)["files"][0]["format"] == "kto"
+    code, out, _ = call("data", "inspect", "--no-time", questions, judged, "--json")
     assert code == 2
     assert "answers labelled good or bad" in json.loads(out)["refused"][0]
     long = write(tmp_path / "c.jsonl", [{"question": "q", "answer": "word " * 200}])
