@@ -61,6 +61,13 @@ def test_both_answers_are_trained_and_what_they_share_is_there_once(smollm2_toke
         assert not encoded.without_end_token
 
 
+def test_an_answer_that_is_the_beginning_of_the_other_is_refused(smollm2_tokenizer: Any) -> None:
+    shorter, longer = turns("What is 1?", "It is 1."), turns("What is 1?", "It is 1.", "And 2?", "It is 2.")
+    for better, worse, told in ((shorter, longer, "better"), (longer, shorter, "worse")):
+        with pytest.raises(InputError, match=f"the {told} answer has no token of its own"):
+            encode(Sample(better, rejected=worse), smollm2_tokenizer)
+
+
 def test_a_system_message_is_put_before_both(smollm2_tokenizer: Any) -> None:
     pair = Sample(turns("What is 1?", "It is 1."), rejected=turns("What is 1?", "No."))
     encoded = encode(pair, smollm2_tokenizer, system="Be brief.")

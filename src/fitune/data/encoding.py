@@ -131,6 +131,9 @@ class Encoder:
             )
             for messages in pair
         )  # fmt: skip
+        for name, one in (("better", better), ("worse", worse)):
+            if not one.trained_tokens:
+                raise InputError(f"the {name} answer has no token of its own: the other goes on where it ends")
         # The token after the fork cannot be trained: the fork's last one would have to predict it for both.
         fork = max(
             0, min(_common(better.tokens, worse.tokens), *(_first_trained(one) - 1 for one in (better, worse)))

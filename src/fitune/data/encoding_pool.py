@@ -70,6 +70,10 @@ def encode_samples(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
+        # Python 3.11's shutdown waits for ever for a thread that writes into a pipe nobody reads (gh-94777).
+        reader = getattr(getattr(pool, "_call_queue", None), "_reader", None)
+        if reader is not None:
+            reader.close()
         raise FituneError(
             f"one of the {processes} processes that tokenise crashed, or was ended from outside, as systems do that "
             "are short of memory; nothing was kept of its file. Free some memory and begin again"

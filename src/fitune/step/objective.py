@@ -41,6 +41,10 @@ class Objective(Protocol):
         """Whether it looks at what the base makes of the same tokens."""
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether `begin` looks at the micro-batches."""
+
+    @property
     def forwards(self) -> int:
         """Forward passes of a step, those of the base and of what `begin` looks at included."""
 
@@ -58,6 +62,7 @@ class _Plain:
     """The same for every step."""
 
     needs_reference = False
+    looks_ahead = False
     forwards = 1
 
     def begin(self, model: FusedModel, batches: Sequence[Batch]) -> Self:
@@ -140,6 +145,7 @@ class KTO(_Plain):
     bad_weight: float = 1.0
     baseline: float = 0.0
     needs_reference = True
+    looks_ahead = True
     forwards = 4
 
     def begin(self, model: FusedModel, batches: Sequence[Batch]) -> KTO:
@@ -219,7 +225,7 @@ class Measured:
 
 def measure(model: FusedModel, batches: Iterable[Batch], objective: Objective) -> Measured:
     """The objective's value, without gradients, as the model is now; NaN where there is nothing to measure."""
-    if objective.forwards > 2:  # it looks at all of them first
+    if objective.looks_ahead:
         batches = list(batches)
         objective = objective.begin(model, batches)
     terms: list[float] = []
