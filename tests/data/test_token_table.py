@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.data import EncodedSample, Origin
+from fitune.data.order import epoch_rows
 from fitune.data.split import groups_of, of_documents
 from fitune.data.token_table import Samples, TableWriter, TokenTable, packed
 
@@ -122,3 +124,37 @@ def test_another_table_in_the_same_place_is_read_afresh(tmp_path: Path) -> None:
         found.append(TokenTable(tmp_path / "table", "a.jsonl"))
         assert found[-1][0].tokens == (number, 7)
     assert found[0][0].tokens == (1, 7)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
+def test_an_epoch_asks_for_every_sample_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tables of two files: just the bytes that are read afterwards, each once, and all before the first read."""
+    samples = Samples([_on_disk(tmp_path / name, count) for name, count in (("one", 700), ("two", 1700))])
+    asked: list[tuple[str, int, int]] = []
+    read: list[tuple[str, int, int]] = []
+    pread = os.pread
+
+    def advise(descriptor: int, start: int, count: int, kind: int) -> None:
+        assert kind == os.POSIX_FADV_WILLNEED
+        assert len(read) <= len(asked)
+        asked.append((os.readlink(f"/proc/self/fd/{descriptor}"), start, count))
+
+    def reading(descriptor: int, count: int, start: int) -> bytes:
+        read.append((os.readlink(f"/proc/self/fd/{descriptor}"), start, count))
+        assert read[-1] in asked
+        return pread(descriptor, count, start)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(os, "pread", reading)
+    rows = list(epoch_rows(samples, 64, 1, seed=3, epoch=0, pack=True))
+    assert sorted(number for row in rows for number in row.samples) == list(range(2400))
+    assert sorted(asked) == sorted(read)
+    assert len(set(asked)) == len(asked) == 3 * 2400
+
+
+def _on_disk(folder: Path, count: int) -> TokenTable:
+    folder.mkdir()
+    samples = [EncodedSample(tuple(range(n % 40 + 1)), (True,) * (n % 40 + 1)) for n in range(count)]
+    writer = TableWriter(folder)
+    writer.append(packed(samples))
+    return TokenTable(_closed(writer, folder), str(folder))

@@ -15,7 +15,7 @@ from fitune.data.chance import shuffled
 from fitune.data.encoding import EncodedSample
 from fitune.data.packing import pack as packed
 from fitune.data.prefixes import Prefixes, find_prefixes
-from fitune.data.token_table import Places, lengths_of
+from fitune.data.token_table import Places, Samples, lengths_of
 
 # Another way to order rows gets another number: a run cannot go on in the middle of it.
 ORDER_VERSION = 2
@@ -70,6 +70,8 @@ def epoch_rows(
         size = micro_batch * _SORTED_TOGETHER
     for number, start in enumerate(range(0, len(order), size)):
         window = order[start : start + size]
+        if isinstance(samples, Samples):
+            samples.read_ahead(order[start if not number else start + size : start + 2 * size])
         chance = random.Random(f"window {number} of {words}")
         if pack:
             yield from _packed_rows(window, samples, row_tokens, chance, share)

@@ -69,6 +69,11 @@ def _key(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return np.frombuffer(hashlib.blake2b(words.astype("<u4").tobytes(), digest_size=16).digest(), dtype="<u8")
 
 
+def _bytes_each(name: str) -> int:
+    kind, width = COLUMNS[name]
+    return np.dtype(kind).itemsize * width
+
+
 def _shaped(values: NDArray[Any], name: str) -> NDArray[Any]:
     width = COLUMNS[name][1]
     return values.reshape(-1, width) if width > 1 else values
@@ -128,6 +133,24 @@ class TokenTable:
             return None
         return Origin(self._path, int(self._read("line", index, 1)[0]), self._unit)
 
+    def read_ahead(self, places: Iterable[int]) -> None:
+        """Samples that will be asked for soon: a disk reads many places at once in little more time than one."""
+        if self._folder is None or not hasattr(os, "posix_fadvise"):  # macOS has none
+            return
+        for place in places:
+            self._advise("tokens", int(self._start[place]), int(self.length[place]))
+            self._advise("line", place, 1)
+            self._advise("marks", place, 1)
+
+    def _advise(self, name: str, start: int, count: int) -> None:
+        size = _bytes_each(name)
+        descriptor = self._open(name).descriptor
+        os.posix_fadvise(descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
+
+    def _open(self, name: str) -> _OpenFile:
+        assert self._folder is not None
+        return _opened(self._folder / f"{name}.bin", self._inode)
+
     def _whole(self, name: str) -> NDArray[Any]:
         if self._folder is None:
             return self._columns[name]
@@ -136,9 +159,8 @@ class TokenTable:
     def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
         if self._folder is None:
             return self._columns[name][start : start + count]
-        file = _opened(self._folder / f"{name}.bin", self._inode)
-        kind, width = COLUMNS[name]
-        size = np.dtype(kind).itemsize * width
+        file = self._open(name)
+        size = _bytes_each(name)
         parts, place, end = [], start * size, (start + count) * size
         while place < end:  # a read may come in parts
             part = os.pread(file.descriptor, min(end - place, 1 << 30), place)
@@ -147,7 +169,7 @@ class TokenTable:
             parts.append(part)
             place += len(part)
         whole = parts[0] if len(parts) == 1 else b"".join(parts)
-        return _shaped(np.frombuffer(whole, dtype=kind), name)
+        return _shaped(np.frombuffer(whole, dtype=COLUMNS[name][0]), name)
 
 
 class _OpenFile:
@@ -246,6 +268,13 @@ class Samples(Sequence[EncodedSample]):
     def take(self, places: NDArray[Any]) -> Samples:
         """Those at `places`, in that order."""
         return Samples(self.tables, self.chosen[places])
+
+    def read_ahead(self, indices: NDArray[Any]) -> None:
+        """The samples at `indices` will be asked for soon: those on disk begin to be read, all at once."""
+        places = np.sort(self.chosen[indices]).astype(np.int64)
+        ends = np.searchsorted(places, self._bounds)
+        for table, bound, start, end in zip(self.tables, self._bounds, ends, ends[1:], strict=False):
+            table.read_ahead((places[start:end] - bound).tolist())
 
     def origin(self, index: int) -> Origin | None:
         """Where a sample comes from."""
