@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -55,6 +55,13 @@ class Hardware:
     available_bytes: int
     accelerators: tuple[Accelerator, ...] = ()
     limits: tuple[str, ...] = field(default=())
+
+    def part(self, count: int) -> Hardware:
+        """What each of `count` processes has of it, where they share it evenly."""
+        return replace(
+            self, threads=max(1, self.threads // count), memory_bytes=self.memory_bytes // count,
+            available_bytes=self.available_bytes // count,
+        )  # fmt: skip
 
     def disk_free_bytes(self, path: Path) -> int:
         """Bytes this user can still write at `path`, or where it will be made."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +14,7 @@ from fitune.errors import InputError
 
 if TYPE_CHECKING:
     from fitune.evaluate.task_evaluation import TaskEvaluation
+    from fitune.step.ranks import Ranks
     from fitune.train.run import Outcome
 
 
@@ -26,11 +30,25 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Train a model: show the data and the plan, train, and say what came out."""
+    from fitune.step.ranks import joined
+
+    with joined() as ranks, nullcontext() if ranks.is_first else _silence():
+        _train(run, overrides or [], resume, force, as_json, ranks)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Of several processes the first one tells what they do; errors are told by each."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _train(run: Path, overrides: list[str], resume: bool, force: bool, as_json: bool, ranks: Ranks) -> None:
     from fitune import config as run_file
     from fitune.cli.output import print_json, print_warnings
 
     path = run / "config.yaml" if (run / "config.yaml").is_file() else run
-    config = run_file.load(path, overrides or ())
+    config = run_file.load(path, overrides)
     if resume and config.output is None:
         raise InputError(
             "--resume needs to know which run: give output=FOLDER, or the run file in that folder "
@@ -51,9 +69,9 @@ def command(
     if resume and config.output is not None:
         config = resumed(config, RunFolder(Path(config.output)))
     with encoding() as watch:
-        prepared = prepare_run(config, choose=not resume, watch=watch)
+        prepared = prepare_run(config, choose=not resume, watch=watch, ranks=ranks)
     config = prepared.config
-    folder = RunFolder(Path(config.output) if config.output else default_folder(config))
+    folder = RunFolder(Path(config.output or ranks.told(str(default_folder(config)))))
     warnings = [*prepared.source.warnings(), *cautions(config)]
     print_warnings(warnings)
     judged = config.evaluate.task != "none"
@@ -69,7 +87,9 @@ def command(
             if not force:
                 raise InputError(f"{fits_sentence(plan)}; --force trains all the same", where=path)
             view.say(f"warning: {fits_sentence(plan)}; training all the same, as --force says")
-        outcome = train_run(prepared, plan, folder, resume, view, view.quantising, view.say, force=force)
+        outcome = train_run(prepared, plan, folder, resume, view, view.quantising, view.say, force=force, ranks=ranks)
+    if not ranks.is_first:
+        return
     facts = _facts(outcome) | {"warnings": warnings}
     scores: tuple[TaskEvaluation | None, TaskEvaluation] | None = None
     if judged:

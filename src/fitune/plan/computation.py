@@ -12,6 +12,7 @@ from fitune.errors import InputError
 from fitune.hardware import Hardware
 from fitune.kernels import int8_products, native
 from fitune.process_memory import bound_primitive_cache
+from fitune.step.ranks import ALONE, Ranks
 
 # What a processor must have for bfloat16 products to be quicker than float32 ones.
 BFLOAT16_SETS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -27,6 +28,7 @@ class Computation:
         threads: CPU threads.
         reason: one sentence on why.
         trains_in_int8: whether the products with frozen weights are computed in 8-bit integers in training steps.
+        processes: how many share a step's micro-batches, each with so many threads.
     """
 
     dtype: torch.dtype
@@ -34,6 +36,7 @@ class Computation:
     threads: int
     reason: str
     trains_in_int8: bool = False
+    processes: int = 1
 
     def begin(self) -> None:
         """Makes it so for this process; to be called before the first product."""
@@ -41,7 +44,9 @@ class Computation:
         torch.set_num_threads(self.threads)
 
 
-def choose_computation(config: RunConfig, hardware: Hardware, for_training: bool = True) -> Computation:
+def choose_computation(
+    config: RunConfig, hardware: Hardware, for_training: bool = True, ranks: Ranks = ALONE
+) -> Computation:
     """Resolves train.compute, train.backend and train.threads; raises InputError for what cannot run here.
 
     Not `for_training`, int8 means auto: what was trained with integers is used without them.
@@ -73,12 +78,14 @@ def choose_computation(config: RunConfig, hardware: Hardware, for_training: bool
                 where="train.compute",
             )
         why = f"int8 (asked for) for products with frozen weights in training steps, {name} for everything else"
-    return Computation(dtype, backend, _threads(config, hardware), f"{why}, {kernels}", in_int8)
+    return Computation(dtype, backend, _threads(config, hardware, ranks), f"{why}, {kernels}", in_int8, ranks.count)
 
 
-def _threads(config: RunConfig, hardware: Hardware) -> int:
+def _threads(config: RunConfig, hardware: Hardware, ranks: Ranks) -> int:
     """What the run file says, else what OMP_NUM_THREADS says, else what affinity and container leave."""
     if config.train.threads:
         return config.train.threads
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if ranks.count > 1 and said == "1":  # torchrun's own choice, where nobody made one
+        return hardware.threads
     return max(1, min(hardware.threads, int(said))) if said.isdigit() else hardware.threads

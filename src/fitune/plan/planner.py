@@ -233,7 +233,8 @@ def make_plan(
         if run.train.resident_layers is None or probe_bytes(anatomy, step, layers) <= weights + of_step
     ]  # fmt: skip
     if with_time and probed and weights + of_step <= hardware.available_bytes:
-        seconds = step_seconds(*arguments, step.parts, probed[0]) * run.train.accumulation
+        share = math.ceil(run.train.accumulation / computation.processes)
+        seconds = step_seconds(*arguments, step.parts, probed[0]) * share
     gc.collect()
     give_back_free_memory()
     overhead = resident_bytes() + RUN_BYTES
@@ -258,12 +259,19 @@ def make_plan(
         *_streaming(run, anatomy, choices),
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),
+        *_processes(computation),
         *((Item("on disk while training", step.disk, "bytes", "derived"),) if step.disk else ()),
     )
     return Plan(
         model, run.method, peak, hardware.available_bytes + before, seconds, whole, step.resident_operator,
         memory, settings, choices, budget_bytes, step.disk,
     )  # fmt: skip
+
+
+def _processes(computation: Computation) -> tuple[Item, ...]:
+    """How many share the steps; memory, and threads, are those of each."""
+    count = computation.processes
+    return (Item("processes", count, "share a step's micro-batches", "machine"),) if count > 1 else ()
 
 
 def _streaming(run: RunConfig, anatomy: Anatomy, choices: tuple[Choice, ...]) -> tuple[Item, ...]:

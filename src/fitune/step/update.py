@@ -1,4 +1,4 @@
-"""One optimizer step over any number of micro-batches."""
+"""One optimizer step over any number of micro-batches, in any number of processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import a_pass
 from fitune.step.gradients import gradients_of
 from fitune.step.objective import SUPERVISED, Objective, reference_of
+from fitune.step.ranks import ALONE, Ranks
 
 
 class NonFiniteError(FituneError):
@@ -53,12 +54,13 @@ class StepResult:
 
 def update(
     model: FusedModel, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float,
-    max_grad_norm: float, objective: Objective = SUPERVISED,
+    max_grad_norm: float, objective: Objective = SUPERVISED, ranks: Ranks = ALONE,
 ) -> StepResult:  # fmt: skip
     """Changes the trainable weights once, by the gradient over all `batches` together.
 
     The loss is one sum over all tokens (or pairs) divided by their total weight, so the update does not depend on how
-    the step was split into micro-batches. `max_grad_norm` 0 does not clip.
+    the step was split into micro-batches. `max_grad_norm` 0 does not clip. Of several `ranks` all are given all
+    micro-batches; each computes its share, and all make the same change.
 
     Raises NonFiniteError before any weight is changed.
     """
@@ -67,9 +69,8 @@ def update(
         raise FituneError("a step without a single trained token, pair or judged answer")
     gradients = gradients_of(optimizer)
     objective = objective.begin(model, batches)
-    loss = right = margin = 0.0
-    judged = 0
-    for batch in batches:
+    loss = right = margin = judged = 0.0
+    for batch in batches[ranks.share(batches)]:
         if not batch.trained_tokens:
             continue
         reference = reference_of(model, batch, objective)
@@ -82,6 +83,8 @@ def update(
             loss += float(part.detach())
             judged, right, margin = judged + found.judged, right + found.right, margin + found.margin
             del logprobs, found, terms, part
+    ranks.add_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+    loss, judged, right, margin = ranks.sums([loss, judged, right, margin])
     norm = gradients.norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         wrong = gradients.first_non_finite()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Progress:
 
 def save_checkpoint(
     folder: Path, model: FusedModel, optimizer: torch.optim.Optimizer, progress: Progress,
-    identity: Mapping[str, str], keep: int,
+    identity: Mapping[str, str], keep: int, randoms: Sequence[Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Writes `folder`/step-NNNNNN whole or not at all, then removes all but the newest `keep`.
 
@@ -59,7 +59,8 @@ def save_checkpoint(
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 scalars[f"{index}.{name}"] = value
-    tensors["random"] = torch.get_rng_state()
+    for rank, state_of_rank in enumerate(randoms or [torch.get_rng_state()]):
+        tensors[_random_name(rank)] = state_of_rank
     plans = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     with new_folder(path, replace=True) as beside:  # a damaged one of this step may lie there
         for written in write_file(beside / TENSORS, plans, tensors.__getitem__):
@@ -107,8 +108,8 @@ def read_identity(path: Path) -> dict[str, str]:
     return identity
 
 
-def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimizer) -> Progress:
-    """Puts weights, optimizer and random state back as they were, one tensor at a time."""
+def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimizer, rank: int = 0) -> Progress:
+    """Puts weights, optimizer and the random state of process `rank` back as they were, one tensor at a time."""
     problems: list[str] = []
     file = SafetensorsFiles([path / TENSORS], problems)
     if problems:
@@ -129,8 +130,13 @@ def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimi
     for name, scalar in state["scalars"].items():
         place, _, key = name.partition(".")
         states_of(optimizer, parameters[int(place)])[key] = scalar
-    torch.set_rng_state(file.read("random").clone())
+    if _random_name(rank) in set(file.names()):  # with --force a run may go on in more processes
+        torch.set_rng_state(file.read(_random_name(rank)).clone())
     return Progress(**{one.name: state[one.name] for one in fields(Progress) if one.name in state})
+
+
+def _random_name(rank: int) -> str:
+    return f"random.{rank}" if rank else "random"
 
 
 def _put(file: SafetensorsFiles, name: str, target: Tensor) -> None:

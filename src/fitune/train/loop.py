@@ -30,6 +30,7 @@ from fitune.process_memory import give_back_free_memory, resident_bytes
 from fitune.step.objective import SUPERVISED, Measured, Objective, measure, objective_of
 from fitune.step.optimizer import close, make_optimizer
 from fitune.step.parameter_groups import parameter_groups
+from fitune.step.ranks import ALONE, Ranks
 from fitune.step.schedule import Schedule
 from fitune.step.update import NonFiniteError, update
 from fitune.train.best_weights import best_step, save_best, take_best
@@ -222,9 +223,10 @@ def validate(
 def run_loop(
     config: RunConfig, model: FusedModel, rows: Rows, validation: Sequence[EncodedSample], folder: RunFolder,
     identity: Mapping[str, str], resume_from: Any = None, watch: Watcher | None = None,
-    say: Callable[[str], None] = lambda line: None, budget_bytes: int | None = None,
+    say: Callable[[str], None] = lambda line: None, budget_bytes: int | None = None, ranks: Ranks = ALONE,
 ) -> Progress:  # fmt: skip
     """Trains to the end of the run; returns how far it came. `budget_bytes`: what the process should stay within.
+    Of several `ranks` the first one alone writes; `watch` and `say` hear the same in all of them.
 
     Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
     Interrupted, which says how to go on; MemoryShortError where the next step may not find the memory it needs;
@@ -240,7 +242,7 @@ def run_loop(
     try:
         memory = MemoryWatch(budget_bytes=budget_bytes)
         return _take_steps(
-            config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say, memory
+            config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say, memory, ranks
         )
     finally:
         rooms.clear()
@@ -250,27 +252,28 @@ def run_loop(
 def _take_steps(
     config: RunConfig, model: FusedModel, optimizer: torch.optim.Optimizer, rows: Rows,
     validation: Sequence[EncodedSample], folder: RunFolder, identity: Mapping[str, str], resume_from: Any,
-    watch: Watcher | None, say: Callable[[str], None], memory: MemoryWatch,
+    watch: Watcher | None, say: Callable[[str], None], memory: MemoryWatch, ranks: Ranks,
 ) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
     schedule, objective = schedule_of(config, steps), objective_for(settings)
     progress = Progress()
     if resume_from is not None:
-        progress = load_checkpoint(resume_from, model, optimizer)
+        progress = load_checkpoint(resume_from, model, optimizer, ranks.rank)
     else:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(ranks.seed(config.seed))
     stopping_early = EarlyStopping(settings.early_stopping_patience, settings.early_stopping_min_delta)
-    _trim_metrics(folder, progress.step, stopping_early)
+    _trim_metrics(folder, progress.step, stopping_early, ranks)
     spikes, stalls = SpikeWatch(), StallWatch(say)
-    saver = _Saver(folder, model, optimizer, identity, settings.keep_checkpoints, say)
+    saver = _Saver(folder, model, optimizer, identity, settings.keep_checkpoints, say, ranks)
     lately: deque[float] = deque(maxlen=settings.validate_every_steps or 1)
 
-    with _stop_signals() as stopping, closing(PatientFile(folder.metrics_file, say)) as metrics:
+    with _stop_signals() as received, closing(PatientFile(folder.metrics_file, say)) as metrics:
 
         def record(entry: StepRecord | ValidationRecord) -> None:
             facts = {name: value for name, value in asdict(entry).items() if value is not None}
-            metrics.write(f"{json.dumps(facts)}\n".encode())
+            if ranks.is_first:
+                metrics.write(f"{json.dumps(facts)}\n".encode())
             if watch is not None:
                 watch(entry)
 
@@ -285,11 +288,11 @@ def _take_steps(
             batches = rows.batches(step_rows)
             try:
                 with stalls.step(number + 1):
-                    result = update(model, batches, optimizer, rate, settings.max_grad_norm, objective)
+                    result = update(model, batches, optimizer, rate, settings.max_grad_norm, objective, ranks)
             except NonFiniteError as error:
                 where = place_of(model, batches, error)
                 told = f"step {number + 1}: {error}; no weight was changed; {where}. {_data_of(rows, step_rows)}"
-                progress = _after_non_finite(settings, progress, number, told, folder, model, optimizer, say)
+                progress = _after_non_finite(settings, progress, number, told, folder, model, optimizer, say, ranks)
                 result = None
             now = time.perf_counter()
             progress = replace(progress, step=number + 1, seconds=now - start)
@@ -336,13 +339,14 @@ def _take_steps(
                     say(stopping_early.why())
                     last = True
             saved = f"everything is saved. Go on with: fitune train {folder.config_file} --resume"
-            if stopping and not last:
+            if ranks.any(bool(received)) and not last:
                 saver.save(progress, must=True)
                 raise Interrupted(f"stopped after step {progress.step} of {steps}; {saved}")
             short = None if last else memory.look()
-            if short is not None and short.must_stop:
+            if ranks.any(short is not None and short.must_stop):
                 saver.save(progress, must=True)
-                raise MemoryShortError(f"stopped after step {progress.step} of {steps}: {short}; {saved}")
+                why = short or "another process finds too little memory"
+                raise MemoryShortError(f"stopped after step {progress.step} of {steps}: {why}; {saved}")
             for warning in (short, memory.over_budget()):
                 if warning is not None:
                     say(f"warning: {warning}")
@@ -350,6 +354,7 @@ def _take_steps(
                 saver.save(progress)
             if last:
                 break
+    ranks.any(False)  # the first one has written all of it
     if settings.restore_best and (step := best_step(folder.best)) not in (None, progress.step):
         take_best(folder.best, model)
         say(f"the result is the model after step {step}, whose validation loss was the best")
@@ -375,8 +380,9 @@ class _Saver:
 
     def __init__(
         self, folder: RunFolder, model: FusedModel, optimizer: torch.optim.Optimizer, identity: Mapping[str, str],
-        keep: int, say: Callable[[str], None],
+        keep: int, say: Callable[[str], None], ranks: Ranks,
     ) -> None:  # fmt: skip
+        self._ranks = ranks
         self._folder, self._model, self._optimizer = folder, model, optimizer
         self._identity, self._keep, self._say = identity, keep, say
         self._again: int | None = None
@@ -387,21 +393,31 @@ class _Saver:
 
     def save(self, progress: Progress, must: bool = False) -> None:
         """A checkpoint. Raises DiskFullError where it `must` be written and finds no room."""
-        try:
-            save_checkpoint(
-                self._folder.checkpoints, self._model, self._optimizer, progress, self._identity, self._keep
-            )
-            self._again = None
-        except DiskFullError as error:
+        self._ranks.check_equal(self._model.trainable)
+        randoms = self._ranks.each(torch.get_rng_state())
+        full: DiskFullError | None = None
+        if self._ranks.is_first:
+            try:
+                save_checkpoint(
+                    self._folder.checkpoints, self._model, self._optimizer, progress, self._identity, self._keep,
+                    randoms,
+                )  # fmt: skip
+            except DiskFullError as error:
+                full = error
+        self._again = None
+        if self._ranks.any(full is not None):
             kept = list_checkpoints(self._folder.checkpoints)
             newest = f"the newest checkpoint is {kept[-1].name}" if kept else "there is no checkpoint yet"
+            why = full or f"{self._folder.checkpoints}: no room for a checkpoint"
             if must:
-                raise DiskFullError(f"{error}; {newest}") from error
+                raise DiskFullError(f"{why}; {newest}") from full
             self._again = progress.step + RETRY_STEPS
-            self._say(f"warning: {error}; {newest}. Training goes on, and tries again after step {self._again}")
+            self._say(f"warning: {why}; {newest}. Training goes on, and tries again after step {self._again}")
 
     def save_best(self, step: int, loss: float) -> None:
         """The trained weights of the best validation so far."""
+        if not self._ranks.is_first:
+            return
         try:
             save_best(self._folder.best, self._model, step, loss)
         except DiskFullError as error:
@@ -410,7 +426,7 @@ class _Saver:
 
 def _after_non_finite(
     settings: TrainSettings, progress: Progress, number: int, told: str, folder: RunFolder, model: FusedModel,
-    optimizer: torch.optim.Optimizer, say: Callable[[str], None],
+    optimizer: torch.optim.Optimizer, say: Callable[[str], None], ranks: Ranks,
 ) -> Progress:  # fmt: skip
     """What the run file says is done after such a step. Raises FituneError where the run must stop."""
     count = progress.non_finite + 1
@@ -426,7 +442,7 @@ def _after_non_finite(
         say(f"{sentence}; it is not used")
     back = "The weights stay: there is no checkpoint to go back to"
     if newest is not None:
-        load_checkpoint(newest, model, optimizer)
+        load_checkpoint(newest, model, optimizer, ranks.rank)
         back = f"The weights are those of {newest.name} again"
     ratio = 0.5 * progress.rate_ratio
     say(f"warning: {told} {back}; the learning rate is {ratio:g} of the schedule's from now on")
@@ -455,13 +471,14 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _trim_metrics(folder: RunFolder, step: int, stopping_early: EarlyStopping) -> None:
+def _trim_metrics(folder: RunFolder, step: int, stopping_early: EarlyStopping, ranks: Ranks) -> None:
     """Drops the lines of steps that will be taken again; those of validations that stay are heard once more."""
-    if not folder.metrics_file.is_file():
-        return
-    lines = [line for line in folder.metrics_file.read_text().splitlines() if line.strip().endswith("}")]
+    text = folder.metrics_file.read_text() if folder.metrics_file.is_file() else None
+    ranks.any(False)  # all have read it
+    lines = [line for line in (text or "").splitlines() if line.strip().endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     for entry in map(json.loads, kept):
         if "validation_loss" in entry:
             stopping_early.hear(entry["step"], entry["validation_loss"])
-    write_text(folder.metrics_file, "".join(f"{line}\n" for line in kept))
+    if text is not None and ranks.is_first:
+        write_text(folder.metrics_file, "".join(f"{line}\n" for line in kept))

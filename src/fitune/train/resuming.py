@@ -50,7 +50,8 @@ def identity_of(config: RunConfig, prepared: PreparedRun) -> dict[str, str]:
         "data": f"{prepared.data.train.digest()} {prepared.data.validation.digest()}",
         "order of rows": str(ORDER_VERSION),
         "computation": f"{computation.dtype} {computation.backend} {computation.threads} threads"
-        + (" int8" if computation.trains_in_int8 else ""),
+        + (" int8" if computation.trains_in_int8 else "")
+        + (f" in {computation.processes} processes" if computation.processes > 1 else ""),
         "model": prepared.source.identity(),
     }
 

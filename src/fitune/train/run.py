@@ -36,6 +36,7 @@ from fitune.plan.levers import CHOSEN
 from fitune.plan.planner import Plan, Workload, make_plan
 from fitune.process_memory import peak_bytes
 from fitune.step.objective import PAIRED
+from fitune.step.ranks import ALONE, Ranks
 from fitune.train.loop import (
     Rows,
     StepRecord,
@@ -84,7 +85,7 @@ class Outcome:
 
     Attributes:
         losses: (step, loss) of every step; validation: (step, loss) where validated.
-        digest: over the exact bits of what was trained.
+        digest: over the exact bits of what was trained; empty in other processes than the first.
     """
 
     folder: RunFolder
@@ -101,18 +102,19 @@ class Outcome:
 
 def prepare_run(
     config: RunConfig, choose: bool = True, with_time: bool = True, watch: Watch | None = None,
-    data: TrainingData | None = None,
+    data: TrainingData | None = None, ranks: Ranks = ALONE,
 ) -> Prepared:  # fmt: skip
     """Finds the model, reads and encodes the data (`watch` hears how far), resolves the computation, sets threads.
 
-    `data`: where they have been read already, as the run file says.
+    `data`: where they have been read already, as the run file says. `ranks`: processes that share the run; those of
+    one machine have equal parts of it.
 
     Where the run has a memory budget or method auto, its settings are chosen to fit, and the plan made, unless not
     to `choose`: a resumed run has the settings that it began with. Raises InputError where nothing fits.
     """
     check_trackers(config.train.trackers or ())
-    hardware = detect()
-    computation = choose_computation(config, hardware)
+    hardware = detect().part(ranks.local_count)
+    computation = choose_computation(config, hardware, ranks=ranks)
     computation.begin()
     source = find_model(config.model)
     tokenizer = source.tokenizer()
@@ -138,7 +140,22 @@ def prepare_run(
     )  # fmt: skip
     workload = _workload(config, rows)
     prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
-    return _fitted(prepared, with_time) if choose and is_wanted(config) else prepared
+    prepared = _fitted(prepared, with_time) if choose and is_wanted(config) else prepared
+    _check_processes(prepared.config, ranks)
+    return prepared
+
+
+def _check_processes(config: RunConfig, ranks: Ranks) -> None:
+    """Raises InputError for settings that several processes cannot share."""
+    train, count = config.train, ranks.count
+    if train.accumulation < count:
+        raise InputError(
+            f"{count} processes share the micro-batches of a step, and there are {train.accumulation}; give at least "
+            f"{count}, best a multiple of it (train.accumulation={count})",
+            where="train.accumulation",
+        )
+    if count > 1 and train.optimizer_states == "disk":
+        raise InputError("several processes need them in memory", where="train.optimizer_states")
 
 
 def _with_its_adapter(config: RunConfig, source: ModelSource, graph: PreTrainedModel) -> RunConfig:
@@ -245,24 +262,29 @@ def default_folder(config: RunConfig) -> Path:
 def train_run(
     prepared: Prepared, plan: Plan, folder: RunFolder, resume: bool = False, watch: Watcher | None = None,
     store_progress: StoreProgress | None = None, say: Callable[[str], None] = lambda line: None,
-    before: Callable[[FusedModel], None] | None = None, force: bool = False,
+    before: Callable[[FusedModel], None] | None = None, force: bool = False, ranks: Ranks = ALONE,
 ) -> Outcome:  # fmt: skip
     """Trains a prepared run in `folder` and saves what came out.
 
     `say` gets one line for whatever the user should know; `before` sees the model before its first step. With
-    `resume` the run goes on from its newest whole checkpoint, and with `force` although something of it changed.
+    `resume` the run goes on from its newest whole checkpoint, and with `force` although something of it changed. Of
+    several `ranks` the first one alone writes; all are given the same folder.
 
     Raises InputError where the folder already holds a run that is not to be resumed, or another run.
     """
     config = prepared.config
-    folder.lock()
+    if ranks.is_first:
+        folder.lock()
+    ranks.any(False)  # nobody goes on where the first one could not
     try:
         identity = identity_of(config, prepared)
         start_from = resume_point(folder, identity, config, say, force) if resume else None
         if not resume:
             refuse_another_run(folder)
-        write_text(folder.config_file, dump(config.model_copy(update={"output": str(folder.path)})))
-        folder.write_json(folder.plan_file, plan.as_dict())
+        ranks.any(False)  # all have looked at what was there
+        if ranks.is_first:
+            write_text(folder.config_file, dump(config.model_copy(update={"output": str(folder.path)})))
+            folder.write_json(folder.plan_file, plan.as_dict())
         _check_disk(plan, folder, say)
         model = build_for_training(
             config, prepared.source, prepared.computation, store_progress, prepared.rows.first_batches()
@@ -283,8 +305,9 @@ def train_run(
         losses: list[tuple[int, float]] = []
         validation: list[tuple[int, float]] = []
         records: list[StepRecord] = []
-        board = TensorBoardLog(folder.tensorboard, say)
-        trackers = Trackers(config.train.trackers or (), folder, config.model_dump(mode="json"), say)
+        board = TensorBoardLog(folder.tensorboard, say) if ranks.is_first else None
+        names = (config.train.trackers or ()) if ranks.is_first else ()
+        trackers = Trackers(names, folder, config.model_dump(mode="json"), say)
         is_whole = False
 
         def collect(record: StepRecord | ValidationRecord) -> None:
@@ -293,7 +316,8 @@ def train_run(
                 records.append(record)
             else:
                 validation.append((record.step, record.validation_loss))
-            board(record)
+            if board is not None:
+                board(record)
             trackers(record)
             if watch is not None:
                 watch(record)
@@ -302,18 +326,15 @@ def train_run(
         try:
             progress = run_loop(
                 config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say,
-                plan.budget_bytes,
+                plan.budget_bytes, ranks,
             )  # fmt: skip
             is_whole = True
         finally:
-            board.close()
+            if board is not None:
+                board.close()
             trackers.close(is_whole)
         base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
-        if model.adapted is not None:
-            save_adapter(model.adapted, folder.adapter, base, prepared.source.outer_module)
-            digest = adapter_digest(model.adapted)
-        else:
-            digest = save_weights(model, prepared.source, folder.weights)
+        digest = _save_result(model, prepared.source, base, folder) if ranks.is_first else ""
         seconds = time.perf_counter() - started
         summary = {
             "model": config.model, "note": prepared.source.note, "method": config.method, "base": base,
@@ -323,12 +344,21 @@ def train_run(
             "replaced": dict(model.report.replaced), "left": model.report.left, "machine": machine(prepared.hardware),
             "data": prepared.data.report.as_json(),
         }  # fmt: skip
-        folder.write_json(folder.summary_file, summary)
+        if ranks.is_first:
+            folder.write_json(folder.summary_file, summary)
     finally:
         folder.unlock()
     return Outcome(
         folder, plan, model.report, model, losses, validation, records, seconds, peak_bytes(), digest
     )  # fmt: skip
+
+
+def _save_result(model: FusedModel, source: ModelSource, base: dict[str, str], folder: RunFolder) -> str:
+    """The adapter, or all weights; returns a hash over what was trained."""
+    if model.adapted is None:
+        return save_weights(model, source, folder.weights)
+    save_adapter(model.adapted, folder.adapter, base, source.outer_module)
+    return adapter_digest(model.adapted)
 
 
 def _check_disk(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> None:
