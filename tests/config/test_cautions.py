@@ -27,6 +27,16 @@ def test_rates_of_the_other_method() -> None:
         assert list(cautions(config)) == list(cautions(given)) == []
 
 
+def test_rates_of_the_other_optimizer() -> None:
+    (said,) = cautions(config_of(method="lora", train={"optimizer": "lion", "learning_rate": 2e-4}))
+    assert "lion takes a third to a tenth" in said
+    assert not list(cautions(config_of(method="lora", train={"optimizer": "lion", "learning_rate": 1e-5})))
+    for method in ("full", "lora", "qlora"):
+        usual = learning_rate(config_of(method=method))
+        assert learning_rate(config_of(method=method, train={"optimizer": "lion"})) == pytest.approx(usual / 5)
+        assert learning_rate(config_of(method=method, train={"optimizer": "adafactor"})) == usual
+
+
 def test_training_on_the_prompt() -> None:
     (said,) = cautions(config_of(data={"train_on": "all"}))
     assert "learns the questions too" in said

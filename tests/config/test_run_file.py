@@ -73,7 +73,7 @@ def test_only_the_data_is_required(folder: Path) -> None:
     read = config.load(written(folder, GOOD))
     assert read == RunConfig(data={"train": str(folder / "train.jsonl")})
     assert read.lora.rank == 16
-    assert read.train.betas == (0.9, 0.999)
+    assert read.train.betas is None
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_every_wrong_type_is_told_once_with_its_line(folder: Path, path: str) ->
         ("method: qlor", "line 3: method: must be one of auto, qlora, lora, full, found qlor; did you mean qlora?"),
         (
             "train: {betas: [0.9]}",
-            "line 3: train.betas: must be a list of 2, each a number at least 0 and less than 1, "
+            "line 3: train.betas: must be a list of 2, each a number at least 0 and less than 1, or empty, "
             "found a list of 1",
         ),
         (
@@ -378,6 +378,14 @@ evaluate:
         ),
         ("train:\n  beta: 0.2\n", "line 4: train.beta: has no effect on supervised training"),
         ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on pairs"),
+        (
+            "train:\n  optimizer: adafactor\n  optimizer_states: disk\n",
+            "line 5: train.optimizer_states: adafactor looks at whole matrices",
+        ),
+        (
+            "train:\n  optimizer: adafactor\n  betas: [0.9, 0.99]\n",
+            "line 5: train.betas: has no effect: adafactor has no such rates",
+        ),
         ("train:\n  steps: 5\n  epochs: 2\n", "line 4: train.steps: given together with train.epochs"),
         (
             "train:\n  validate_every_steps: 5\n",

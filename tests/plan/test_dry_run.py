@@ -49,12 +49,15 @@ def test_memory_is_linear_in_layers(method: str, recompute: str) -> None:
     assert 0 < found[0].saved < found[0].peak
 
 
-def test_eight_bit_states_take_a_quarter() -> None:
+def test_what_optimizers_keep_of_all_weights() -> None:
     config = config_of("llama", num_hidden_layers=2)
-    wide, narrow = (
-        memory_of(run_of("full", optimizer=name), config, torch.float32).optimizer for name in ("adamw", "adamw8bit")
+    adamw, adamw8bit, lion, adafactor = (
+        memory_of(run_of("full", optimizer=name), config, torch.float32).optimizer
+        for name in ("adamw", "adamw8bit", "lion", "adafactor")
     )
-    assert 0.25 < narrow / wide < 0.35
+    assert 0.25 < adamw8bit / adamw < 0.35
+    assert 0.49 < lion / adamw < 0.51
+    assert adafactor / adamw < 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])

@@ -20,7 +20,7 @@ from fitune.step.update import NonFiniteError, update
 from tiny_models import BACKEND, model_of, random_samples
 
 SLICE = 4096
-KINDS = [("adamw", "reference"), ("adamw8bit", "reference"), ("adamw8bit", "native")]
+KINDS = [("adamw", "reference"), ("adamw8bit", "reference"), ("adamw8bit", "native"), ("lion", "reference")]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ STEPS, WARMUP, MICRO_BATCH, ACCUMULATION = 50, 5, 2, 2
 RATE, DECAY, LIMIT = 1e-3, 0.01, 0.5
 DOCS = Path(__file__).parents[2] / "docs"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def their_model(in_four_bits: bool = False) -> Any:
@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples of unequal length, and an adapter that PEFT made, whose B is not zero."""
     folder = tmp_path_factory.mktemp("fifty")
     parts = [part for path in sorted(DOCS.glob("*.md")) for part in path.read_text().split("\n\n")]
-    texts = [part for part in parts if 80 <= len(part) <= 400][: STEPS * MICRO_BATCH * ACCUMULATION]
+    texts = [part for part in parts if 60 <= len(part) <= 240][: STEPS * MICRO_BATCH * ACCUMULATION]
     assert len(texts) == STEPS * MICRO_BATCH * ACCUMULATION
     lines = [json.dumps({"instruction": text[: len(text) // 3], "output": text[len(text) // 3 :]}) for text in texts]
     (folder / "train.jsonl").write_text("\n".join(lines))

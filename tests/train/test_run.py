@@ -110,6 +110,8 @@ def test_a_run_that_memory_runs_short_for_saves_and_goes_on(
     [
         ["lora.dropout=0.2"],
         ["train.optimizer=adamw8bit", "lora.rank=64"],
+        ["train.optimizer=lion", "train.learning_rate=0.001", "train.weight_decay=0.1"],
+        ["train.optimizer=adafactor"],
         ["method=lora"],
         ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"],
         ["method=full", "train.optimizer_states=disk", "train.recompute=layers", "train.learning_rate=0.001"],

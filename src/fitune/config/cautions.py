@@ -10,6 +10,8 @@ from fitune.config.schema import RunConfig
 # Qwen, beside 1e-4 to 3e-4 in those of LoRA and QLoRA; SmolLM2's smallest takes 1e-3 (config/recommended.py).
 FULL_RATE, ADAPTER_RATE = 1e-4, 2e-5
 DPO_RATE = 1e-4
+# Lion's paper: a third to a tenth of AdamW's rate, 2e-4 of adapters.
+LION_RATE = 1e-4
 # Instruction sets are learnt in one to three epochs (Guanaco, Alpaca); a hundred thousand times is by heart.
 MANY_EPOCHS = 10.0
 
@@ -23,7 +25,11 @@ def cautions(config: RunConfig) -> Iterator[str]:
             f"train.learning_rate {rate:g} is an adapter's; when all weights of a model of billions learn, 1e-5 to "
             "5e-5 is usual, and more forgets or diverges (small models bear more)"
         )
-    if rate is not None and train.objective == "supervised" and config.method != "full" and rate <= ADAPTER_RATE:
+    is_lion = train.optimizer == "lion"
+    if rate is not None and is_lion and rate >= LION_RATE:
+        yield f"train.learning_rate {rate:g} is one for adamw; lion takes a third to a tenth of it (4e-5 is usual)"
+    is_usual = train.objective == "supervised" and config.method != "full" and not is_lion
+    if rate is not None and is_usual and rate <= ADAPTER_RATE:
         yield (
             f"train.learning_rate {rate:g} is one for all weights; an adapter learns little below 1e-4 "
             "(2e-4 is usual)"

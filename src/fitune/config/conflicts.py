@@ -84,6 +84,14 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
                 f"one micro-batch alone has {at_once} tokens ({train.micro_batch} rows of {data.max_tokens}); "
                 "lower train.micro_batch, or give more",
             )
+    if train.optimizer == "adafactor" and train.optimizer_states == "disk":
+        yield Conflict(
+            "train.optimizer_states",
+            ("train.optimizer",),
+            "adafactor looks at whole matrices, and its states are small: leave them in memory",
+        )
+    if train.optimizer == "adafactor" and train.betas is not None:
+        yield Conflict("train.betas", ("train.optimizer",), "has no effect: adafactor has no such rates; remove it")
     fields = type(train).model_fields
     if train.objective in ("dpo", "kto") and config.method == "full":
         yield Conflict(

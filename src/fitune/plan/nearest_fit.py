@@ -130,7 +130,7 @@ def _one_row(state: _State) -> _Change | None:
 
 
 def _narrow_states(state: _State) -> _Change | None:
-    if state.run.train.optimizer == "adamw8bit":
+    if state.run.train.optimizer in ("adamw8bit", "adafactor"):
         return None
     return _Change(("train.optimizer=adamw8bit",), lambda s: s.train(optimizer="adamw8bit"))
 

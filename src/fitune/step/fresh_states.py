@@ -45,7 +45,29 @@ def fresh_adamw8bit(parameter: Tensor, zeros: Zeros) -> dict[str, Any]:
     return {"step": 0, **codes, **peaks}
 
 
-FRESH: dict[str, Fresh] = {"adamw": fresh_adamw, "adamw8bit": fresh_adamw8bit}
+def fresh_lion(parameter: Tensor, zeros: Zeros) -> dict[str, Any]:
+    """The states of `Lion`."""
+    return {"step": 0, **_alike(parameter, zeros, ("momentum",))}
+
+
+def fresh_adafactor(parameter: Tensor, zeros: Zeros) -> dict[str, Any]:
+    """The states of transformers' Adafactor, by its names: of a matrix its rows and its columns, else all of it."""
+    shape = tuple(parameter.shape)
+    state: dict[str, Any] = {"step": 0, "RMS": torch.zeros((), device=parameter.device)}
+    if len(shape) < 2:
+        return {**state, **_alike(parameter, zeros, ("exp_avg_sq",))}
+    return {
+        **state,
+        "exp_avg_sq_row": zeros(shape[:-1], dtype=parameter.dtype),
+        "exp_avg_sq_col": zeros((*shape[:-2], shape[-1]), dtype=parameter.dtype),
+    }
+
+
+FRESH: dict[str, Fresh] = {
+    "adamw": fresh_adamw, "adamw8bit": fresh_adamw8bit, "lion": fresh_lion, "adafactor": fresh_adafactor,
+}  # fmt: skip
+# Those that change every element by itself: their states can be taken a slice at a time.
+ELEMENT_WISE = ("adamw", "adamw8bit", "lion")
 
 
 def _alike(parameter: Tensor, zeros: Zeros, names: tuple[str, ...]) -> dict[str, Tensor]:
