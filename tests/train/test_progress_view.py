@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -15,9 +16,9 @@ def step(number: int, loss: float = 1.0) -> StepRecord:
     return StepRecord(number, 0.5, loss, 1.0, 2e-4, 100, 50, 200.0, 1_500_000_000, number * 0.5)
 
 
-def shown(is_terminal: bool, records: list[StepRecord | ValidationRecord], steps: int) -> str:
+def shown(is_terminal: bool, records: list[StepRecord | ValidationRecord], steps: int, width: int = 200) -> str:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=is_terminal, width=200, highlight=False)
+    console = Console(file=file, force_terminal=is_terminal, width=width, highlight=False)
     with TrainingView(steps, 2_000_000_000, console) as view:
         view.quantising(1, 2)
         view.quantising(2, 2)
@@ -43,7 +44,7 @@ def test_plain_lines_are_few_and_hold_the_ends(steps: int) -> None:
 def test_a_line_holds_everything() -> None:
     said = shown(False, [step(1, 3.0), step(2, 1.0)], 2).splitlines()[-1]
     assert said == (
-        "step 2/2, loss 1.0000 (mean 2.0000), learning rate 2.00e-04, 200 tokens/s, "
+        "step 2/2, loss 1.0000 (mean 2.0000), learning rate 2.00e-04, gradient norm 1, 200 tokens/s, "
         "memory 1.50 of 2.00 GB planned, 0:01 gone, 0:00 left"
     )
 
@@ -59,6 +60,22 @@ def test_a_terminal_gets_a_picture() -> None:
     assert "validation 0.2500" in said
     assert "step 2/4" in said
     assert "quantising 2/2 tensors" in said
+
+
+def test_a_narrow_terminal_gets_whole_facts() -> None:
+    """No line is wider than the terminal, which would break it and show it as two."""
+    record = StepRecord(
+        12_345, 0.5, 1.25, 0.4321, 2e-4, 100, 50, 12_200.0, 15_500_000_000, 51_100.0, 0.75, 0.1234, 0.624
+    )
+    said = shown(True, [ValidationRecord(1, 0.25), record], 100_000, width=80)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip("\r") for line in said.splitlines()]
+    assert max(map(len, lines)) <= 80
+    for fact in (
+        "step 12345/100000", "validation 0.2500", "learning rate 2.00e-04", "gradient norm 0.432",
+        "12,200 tokens/s (62% of the machine's products)", "memory 15.50 of 2.00 GB planned",
+        "75% judged right (margin +0.123)", "14:11:40 gone",
+    ):  # fmt: skip
+        assert any(fact in line for line in lines), fact
 
 
 def test_clock() -> None:

@@ -37,6 +37,7 @@ from fitune.train.best_weights import best_step, save_best, take_best
 from fitune.train.checkpoint import Progress, list_checkpoints, load_checkpoint, newest_whole, save_checkpoint
 from fitune.train.early_stopping import EarlyStopping
 from fitune.train.loss_spikes import SpikeWatch, worst_samples
+from fitune.train.machine_share import MachineShare
 from fitune.train.memory_watch import MemoryWatch
 from fitune.train.non_finite import place_of
 from fitune.train.patient_file import PatientFile
@@ -67,7 +68,8 @@ TRIM_EVERY_STEPS = 64
 class StepRecord:
     """One line of metrics.jsonl, without what is None. Rates in tokens per second, memory resident in bytes.
 
-    `reward_accuracy`, `reward_margin`: of steps of preference pairs, as `StepResult` has them.
+    `reward_accuracy`, `reward_margin`: of steps of preference pairs, as `StepResult` has them. `machine_share`: the
+    rate of the step's products with weights, as a share of that of large products in the same format here.
     """
 
     step: int
@@ -82,6 +84,7 @@ class StepRecord:
     seconds: float
     reward_accuracy: float | None = None
     reward_margin: float | None = None
+    machine_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class ValidationRecord:
     step: int
     validation_loss: float
     validation_reward_accuracy: float | None = None
+    validation_reward_margin: float | None = None
 
 
 Watcher = Callable[[StepRecord | ValidationRecord], None]
@@ -268,6 +272,7 @@ def _take_steps(
     stopping_early = EarlyStopping(settings.early_stopping_patience, settings.early_stopping_min_delta)
     _trim_metrics(folder, progress.step, stopping_early, ranks)
     spikes, stalls = SpikeWatch(), StallWatch(say)
+    machine = MachineShare(model, settings.recompute == "layers", objective.forwards)
     saver = _Saver(folder, model, optimizer, identity, settings.keep_checkpoints, say, ranks)
     lately: deque[float] = deque(maxlen=settings.validate_every_steps or 1)
 
@@ -318,6 +323,7 @@ def _take_steps(
                         round(progress.seconds, 3),
                         result.reward_accuracy,
                         result.reward_margin,
+                        machine.share(result.tokens, result.trained_tokens, (now - begun) * ranks.count),
                     )
                 )
                 lately.append(result.loss)
@@ -331,7 +337,7 @@ def _take_steps(
             if len(validation) and (last or _due(progress.step, settings.validate_every_steps)):
                 held_out = validate(model, validation, rows, objective)
                 loss = held_out.loss
-                record(ValidationRecord(progress.step, loss, held_out.reward_accuracy))
+                record(ValidationRecord(progress.step, loss, held_out.reward_accuracy, held_out.reward_margin))
                 train_loss = math.fsum(lately) / len(lately) if lately else math.nan
                 if stopping_early.hear(progress.step, loss, train_loss) and settings.restore_best:
                     saver.save_best(progress.step, loss)

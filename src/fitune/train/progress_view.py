@@ -120,10 +120,14 @@ class TrainingView:
             facts.append(f"validation {self._validation:.4f}")
         if record.reward_accuracy is not None and record.reward_margin is not None:
             facts.append(f"{record.reward_accuracy:.0%} judged right (margin {record.reward_margin:+.3f})")
+        speed = f"{record.tokens_per_second:,.0f} tokens/s"
+        if record.machine_share is not None:
+            speed += f" ({record.machine_share:.0%} of the machine's products)"
         return [
             *facts,
             f"learning rate {record.learning_rate:.2e}",
-            f"{record.tokens_per_second:,.0f} tokens/s",
+            f"gradient norm {record.grad_norm:.3g}",
+            speed,
             f"memory {record.memory_bytes / 1e9:.2f} of {self._planned / 1e9:.2f} GB planned",
             f"{clock(record.seconds)} gone, {clock(self._left_seconds(record.step))} left",
         ]
@@ -136,8 +140,18 @@ class TrainingView:
             row.add_row(Text(what), ProgressBar(total=max(1, total), completed=done, width=30))
             return Group(row)
         step, *facts = self._facts(self._last)
-        row.add_row(
-            Text(step, style="bold"), ProgressBar(total=self._steps, completed=self._last.step, width=30),
-            Text(facts[-1]),
-        )  # fmt: skip
-        return Group(row, Text(" · ".join(facts[:-1])))
+        room = self._console.width - len(step) - len(facts[-1]) - 2
+        bar = ProgressBar(total=self._steps, completed=self._last.step, width=max(5, min(30, room)))
+        row.add_row(Text(step, style="bold"), bar, Text(facts[-1]))
+        return Group(row, *map(Text, self._folded(facts[:-1])))
+
+    def _folded(self, facts: list[str]) -> list[str]:
+        """Lines of facts that are no wider than the terminal, unless one fact alone is."""
+        lines = [facts[0]]
+        for fact in facts[1:]:
+            longer = f"{lines[-1]} · {fact}"
+            if len(longer) <= self._console.width:
+                lines[-1] = longer
+            else:
+                lines.append(fact)
+        return lines

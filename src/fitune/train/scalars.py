@@ -11,6 +11,7 @@ def scalars_of(record: StepRecord | ValidationRecord) -> dict[str, float]:
         found = {
             "validation/loss": record.validation_loss,
             "validation/reward_accuracy": record.validation_reward_accuracy,
+            "validation/reward_margin": record.validation_reward_margin,
         }
     else:
         found = {
@@ -20,6 +21,7 @@ def scalars_of(record: StepRecord | ValidationRecord) -> dict[str, float]:
             "train/reward_accuracy": record.reward_accuracy,
             "train/reward_margin": record.reward_margin,
             "speed/tokens_per_second": record.tokens_per_second,
+            "speed/machine_share": record.machine_share,
             "memory/resident_bytes": float(record.memory_bytes),
         }
     return {name: value for name, value in found.items() if value is not None}
