@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from fitune.adapters.lora import load_adapter, save_adapter
-from fitune.adapters.outer_names import under_graph_names
+from fitune.adapters.outer_names import renamed_targets, under_graph_names
 from fitune.errors import InputError
 from tiny_models import adapted, model_of
 
@@ -84,3 +84,10 @@ def test_a_damaged_adapter_is_told_of_its_own_folder(tmp_path: Path, name: str) 
     with pytest.raises(InputError) as caught:
         load_adapter(model_of("llama"), tmp_path / "adapter", BASE["identity"], inner=inner)
     assert str(tmp_path / "adapter") in str(caught.value)
+
+
+def test_ranks_of_single_layers_are_renamed_with_them() -> None:
+    full = "model.layers.0.self_attn.q_proj"
+    config = renamed_targets({"rank_pattern": {full: 8, "k_proj": 4}, "alpha_pattern": {}, "r": 2}, outer)
+    assert config["rank_pattern"] == {"model.language_model.layers.0.self_attn.q_proj": 8, "k_proj": 4}
+    assert renamed_targets(config, inner)["rank_pattern"] == {full: 8, "k_proj": 4}

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
 import pytest
 import torch
 from transformers import GPT2Config
 
-from fitune.adapters.targets import left_without_adapter, refused_by_peft, target_names
+from fitune.adapters.targets import left_without_adapter, refused_by_peft, target_names, target_ranks
 from fitune.audit.tiny_configs import tiny_config
 from fitune.errors import InputError
 from fitune.models.graph import build_graph, head_name
@@ -43,3 +47,27 @@ def test_transposed_linears_are_adapted() -> None:
     graph = build_graph(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256), torch.bfloat16)
     names = target_names(graph, head_name(graph), "all-linear")
     assert {name.split(".", 3)[-1] for name in names} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+class Settings(NamedTuple):
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float] = MappingProxyType({})
+    targets: str = "all-linear"
+    rank: int = 4
+
+
+def test_a_layer_has_the_rank_of_the_one_key_that_it_fits() -> None:
+    """PEFT takes the first that fits, and saves keys in the order of the alphabet: another one could be the first."""
+    graph = build_graph(config_of("llama"), torch.bfloat16)
+    ranks = target_ranks(graph, head_name(graph), Settings({"q_proj": 8, ".*mlp.*": 2}))
+    assert {name.rsplit(".", 1)[-1]: rank for name, rank in ranks.items()} == {
+        "q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 2, "up_proj": 2, "down_proj": 2,
+    }  # fmt: skip
+    told = r"q_proj fits 'self_attn.q_proj' and 'q_proj', with different values"
+    with pytest.raises(InputError, match=rf"lora\.rank_pattern: .*{told}"):
+        target_ranks(graph, head_name(graph), Settings({"self_attn.q_proj": 64, "q_proj": 8}))
+    with pytest.raises(InputError, match=r"lora\.alpha_pattern: .*q_proj fits"):
+        target_ranks(graph, head_name(graph), Settings({}, {"q_proj": 64, ".*_proj": 8}))
+    assert target_ranks(graph, head_name(graph), Settings({"self_attn.q_proj": 8, "q_proj": 8})) == target_ranks(
+        graph, head_name(graph), Settings({"q_proj": 8})
+    )

@@ -376,6 +376,11 @@ evaluate:
             "train:\n  trackers: [wanda]\n",
             "line 4: train.trackers[0]: must be one of wandb, mlflow, trackio, swanlab, found wanda",
         ),
+        (
+            "train:\n  objective: dpo\n  compute: int8\n",
+            "line 5: train.compute: dpo compares the model with its base",
+        ),
+        ("train:\n  objective: kto\n  neftune_alpha: 5\n", "line 5: train.neftune_alpha: kto compares the model"),
         ("train:\n  beta: 0.2\n", "line 4: train.beta: has no effect on supervised training"),
         ("  train_on: all\ntrain:\n  objective: orpo\n", "line 3: data.train_on: has no effect on pairs"),
         (

@@ -14,6 +14,7 @@ from fitune.data.collation import collate
 from fitune.data.conversation import Message, Sample
 from fitune.data.dataset import examine_data, load_training_data
 from fitune.data.encoding import EncodedSample, encode
+from fitune.data.formats import recognise
 from fitune.data.order import epoch_rows
 from fitune.data.reading import read_samples
 from fitune.data.token_table import Samples
@@ -177,3 +178,25 @@ def test_a_judgement_is_of_the_last_answer(shared_data: Path, smollm2_tokenizer:
     assert {*labels} == {True, False}
     batch = collate([[found.train[0]], [found.train[1]]], 2048, 0)
     assert [sign for sign in batch.labels.tolist() if sign] == [1 if label else -1 for label in labels[:2]]
+
+
+def test_an_answer_that_is_both_good_and_bad_is_told(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    lines = [
+        {"prompt": "What is 1?", "completion": "It is 1.", "label": True},
+        {"prompt": "What is 2?", "completion": "It is 2.", "label": 1},
+        {"question": "What is 1?", "answer": "It is 1.", "label": False},
+        {"prompt": "What is 2?", "completion": "It is 2.", "label": True},
+    ]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    settings = config(path, "kto", train=[{"path": str(path), "format": "kto"}])
+    found = load_training_data(settings.data, smollm2_tokenizer, objective="kto")
+    assert found.train.labels().tolist() == [2, 2, 1, 2]
+    told = [str(problem) for problem in found.report.problems]
+    assert any("line 3" in one and "the same answer, labelled otherwise, as" in one for one in told), told
+    assert any("line 4" in one and "the same sample as" in one for one in told), told
+
+
+def test_a_label_beside_any_question_is_noticed() -> None:
+    assert recognise({"question": "q", "answer": "a", "label": False}) == "kto"
+    assert recognise({"question": "q", "answer": "a", "label": 0}) == "question_answer"

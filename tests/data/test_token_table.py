@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.data import EncodedSample, Origin
+from fitune.data import EncodedSample, Origin, token_table
 from fitune.data.order import epoch_rows
 from fitune.data.split import groups_of, of_documents
 from fitune.data.token_table import Samples, TableWriter, TokenTable, packed
@@ -158,3 +158,26 @@ def _on_disk(folder: Path, count: int) -> TokenTable:
     writer = TableWriter(folder)
     writer.append(packed(samples))
     return TokenTable(_closed(writer, folder), str(folder))
+
+
+def test_labels_are_a_part_of_what_data_are() -> None:
+    """A run must not go on with other labels; but one answer with both is one answer, for splits."""
+    tokens, trained = tuple(range(9)), (False,) * 4 + (True,) * 5
+    digests, keys = set(), set()
+    for labels in ((True, False), (False, True), (None, None)):
+        samples = Samples.of([EncodedSample(tokens, trained, label=label) for label in labels])
+        assert samples.labels().tolist() == [{None: 0, False: 1, True: 2}[label] for label in labels]
+        digests.add(samples.digest())
+        one, other = samples.keys()
+        keys.add((*one.tolist(), *other.tolist()))
+    assert len(digests) == 3
+    assert len(keys) == 1
+
+
+def test_labels_of_many_samples_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_table, "_LABELS_AT_ONCE", 7)
+    labels = [(None, False, True)[n % 3] for n in range(25)]
+    writer = TableWriter(tmp_path)
+    writer.append(packed([EncodedSample((1, 2), (False, True), label=label) for label in labels]))
+    table = TokenTable(_closed(writer, tmp_path), "a.jsonl")
+    assert table.labels().tolist() == [{None: 0, False: 1, True: 2}[label] for label in labels]

@@ -189,6 +189,16 @@ def test_answers_are_exchanged_within_the_rows_there_are() -> None:
     assert sorted(seen) == sorted(expected)
 
 
+def test_answers_are_not_put_together_where_a_model_does_not_keep_them_apart() -> None:
+    batches = [collate([JUDGED], 256, 0)]
+    together, apart = (mismatched(batches, packs) for packs in (True, False))
+    assert sum(len(batch.tokens) for batch in together) < len(JUDGED)
+    assert sum(len(batch.tokens) for batch in apart) == len(JUDGED)
+    for batch in apart:
+        rows = batch.documents[batch.labels != 0][:, 0].tolist()
+        assert sorted(rows) == list(range(len(batch.tokens)))
+
+
 class Recording(torch.optim.SGD):
     """Keeps the gradients it was given, and changes nothing (rate 0)."""
 

@@ -54,3 +54,21 @@ def test_a_share_held_out_is_found_again_with_its_keys(tmp_path: Path) -> None:
     assert any("id" in sample.extra for sample in found)
     with pytest.raises(InputError, match="held out no data"):
         evaluation_samples(config_of([{"path": path, **how}]), source)
+
+
+def test_of_preferences_only_the_better_answers_are_asked_for(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "q", "chosen": "good", "rejected": "bad"}))
+    config = config_of([{"path": records(tmp_path / "a.jsonl", 9)}], validation=str(pairs))
+    (found,) = evaluation_samples(config, find_model("bundled"))
+    assert (found.messages[-1].content, found.rejected) == ("good", ())
+    judged = tmp_path / "judged.jsonl"
+    lines = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 2 == 0} for n in range(6)]
+    judged.write_text("\n".join(map(json.dumps, lines)))
+    config = config_of([{"path": str(pairs)}], validation=str(judged))
+    samples = evaluation_samples(config, find_model("bundled"))
+    assert [sample.messages[-1].content for sample in samples] == ["a0", "a2", "a4"]
+    assert all(sample.label is None for sample in samples)
+    judged.write_text(json.dumps(lines[1]))
+    with pytest.raises(InputError, match="all of their answers are labelled bad"):
+        evaluation_samples(config, find_model("bundled"))

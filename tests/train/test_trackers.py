@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tiny_runs import config_of, run, stop_after
@@ -106,3 +106,76 @@ def test_one_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         told(ValidationRecord(step, 1.0))
     told.close(is_whole=True)
     assert said == ["warning: wandb is told nothing more of this run: ConnectionError: no route to host"]
+
+
+class Hearing:
+    """Keeps the account that it was begun with, and fails as it is told to."""
+
+    begun: ClassVar[list[str]] = []
+    fails: ClassVar[type[BaseException] | None] = None
+
+    def __init__(self, name: str, key: str, *_: Any) -> None:
+        self.begun.append(key)
+
+    def log(self, scalars: Any, step: int) -> None:
+        if self.fails is not None:
+            raise self.fails
+
+    def close(self, is_whole: bool) -> None:
+        if self.fails is not None:
+            raise self.fails
+
+
+@pytest.fixture
+def hearing(monkeypatch: pytest.MonkeyPatch) -> type[Hearing]:
+    monkeypatch.setattr(Hearing, "begun", [])
+    monkeypatch.setattr(Hearing, "fails", None)
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(trackers._KINDS, name, Hearing)  # type: ignore[arg-type]
+    monkeypatch.setattr("fitune.train.run.check_trackers", lambda names: None)
+    return Hearing
+
+
+def test_a_run_that_begins_anew_is_another_one(tmp_path: Path, hearing: type[Hearing]) -> None:
+    """A folder may hold what a run left that died before its first checkpoint; a damaged note ends no run."""
+    (tmp_path / "run").mkdir()
+    folder, said = RunFolder(tmp_path / "run"), []
+    for is_new in (True, False, True):
+        trackers.Trackers(("wandb", "mlflow"), folder, {}, said.append, is_new)
+    first, second, third = hearing.begun[::2]
+    assert hearing.begun[1::2] == [first, second, third]
+    assert first == second != third
+    (tmp_path / "run" / "trackers.json").write_text("{")
+    trackers.Trackers(("wandb",), folder, {}, said.append)
+    assert hearing.begun[-1] not in (first, third)
+    assert not said
+
+
+def test_the_result_is_there_before_trackers_are_closed(
+    place: Path, tmp_path: Path, hearing: type[Hearing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while one of them waits for its server loses nothing; one that ends the program does not end it."""
+    monkeypatch.setattr(hearing, "close", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config_of(place, "train.trackers=[wandb]"), tmp_path / "run")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "summary.json").is_file()
+    monkeypatch.setattr(hearing, "fails", SystemExit)
+    said: list[str] = []
+    run(config_of(place, "train.trackers=[wandb]"), tmp_path / "other", say=said.append)
+    assert [line for line in said if "wandb is told nothing more of this run: SystemExit" in line]
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_names_are_those_of_fields() -> None:
+    config: dict[str, Any] = {
+        "lora": {"rank_pattern": {r"layers\.[01].*": 8}, "alpha_pattern": {}, "rank": 4},
+        "seed": 1,
+    }
+    assert list(trackers._flat(config)) == [
+        ("lora.rank_pattern", json.dumps(config["lora"]["rank_pattern"])), ("lora.alpha_pattern", "{}"),
+        ("lora.rank", 4), ("seed", 1),
+    ]  # fmt: skip

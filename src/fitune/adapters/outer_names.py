@@ -28,13 +28,19 @@ def renamed_key(key: str, rename: Rename) -> str:
 
 
 def renamed_targets(config: dict[str, Any], rename: Rename) -> dict[str, Any]:
-    """adapter_config.json with the listed modules renamed; ends of names and patterns stay."""
+    """adapter_config.json with the listed modules renamed, those of rank and alpha patterns too; ends of names stay,
+    and expressions."""
     lists = {
         field: sorted(rename(name) for name in config[field])
         for field in ("target_modules", "exclude_modules")
         if isinstance(config.get(field), (list, tuple, set))
     }
-    return {**config, **lists}
+    patterns = {
+        field: {rename(key): value for key, value in config[field].items()}
+        for field in ("rank_pattern", "alpha_pattern")
+        if isinstance(config.get(field), dict)
+    }
+    return {**config, **lists, **patterns}
 
 
 @contextmanager

@@ -49,10 +49,25 @@ def target_ranks(model: PreTrainedModel, head: str, settings: TargetSettings) ->
                 continue
             if not fits:
                 problems.append(f"lora.{field}: {key!r} fits none of the adapted layers (there are: {kinds})")
+        if not problems:
+            problems += _ambiguous(field, pattern, names)
     if problems:
         raise InputError(problems)
     pattern = settings.rank_pattern
     return {name: pattern.get(get_pattern_key(list(pattern), name), settings.rank) for name in names}
+
+
+def _ambiguous(field: str, pattern: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """A sentence where a layer fits two keys of different values: which of them counts is an accident.
+
+    PEFT takes the first one that fits, and saves them in another order than they were given in.
+    """
+    for name in names:
+        fitting = [key for key in pattern if get_pattern_key([key], name) == key]
+        if len({pattern[key] for key in fitting}) > 1:
+            both = " and ".join(repr(key) for key in fitting)
+            return [f"lora.{field}: {name} fits {both}, with different values; write them so that it fits one"]
+    return []
 
 
 def refused_by_peft(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:

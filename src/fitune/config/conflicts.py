@@ -100,6 +100,15 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
             f"{train.objective} compares with the base, which method full changes; take method lora or qlora, or "
             "objective orpo",
         )
+    if train.objective in ("dpo", "kto"):
+        for name, set_here in (("compute", train.compute == "int8"), ("neftune_alpha", bool(train.neftune_alpha))):
+            if set_here:
+                yield Conflict(
+                    f"train.{name}",
+                    ("train.objective",),
+                    f"{train.objective} compares the model with its base, which would be computed without it, so "
+                    "that the two differ before anything is learnt; remove it",
+                )
     if train.objective == "supervised" and train.beta != fields["beta"].default:
         yield Conflict(
             "train.beta", ("train.objective",), "has no effect on supervised training; it is of dpo, orpo, kto"

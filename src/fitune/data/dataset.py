@@ -156,10 +156,11 @@ def examine_data(
     refusals += _refused(tally, kept, problems, data)
     groups, first = groups_of(everything.keys())
     repeats = np.flatnonzero(first[groups[:count]] != np.arange(count))
-    problems += [
-        problem_at(kept.origin(place), f"the same sample as {kept.origin(int(first[groups[place]]))}")
-        for place in repeats[:KEPT_NOTES].tolist()
-    ]
+    labels = kept.labels()
+    for place in repeats[:KEPT_NOTES].tolist():
+        earlier = int(first[groups[place]])
+        what = "sample as" if labels[place] == labels[earlier] else "answer, labelled otherwise, as"
+        problems.append(problem_at(kept.origin(place), f"the same {what} {kept.origin(earlier)}"))
     leaked = np.zeros(0, dtype=np.int64)
     own: list[Problem] = []
     train = kept

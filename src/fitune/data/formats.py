@@ -139,9 +139,9 @@ def _answer(record: Mapping[str, Any], key: str) -> list[Message]:
 def _judged(record: Mapping[str, Any]) -> Sample:
     """One answer, whatever the style, and whether it is good."""
     key = next(key for key in LABELS if key in record)
-    label = {"true": True, "false": False}.get(str(record[key]).lower())
-    if label is None or not isinstance(record[key], bool | str):
-        raise RecordError(f'"{key}" must be true or false, found {str(record[key])[:60]!r}')
+    label = {"true": True, "false": False, "1": True, "0": False}.get(str(record[key]).lower())
+    if label is None or not isinstance(record[key], bool | str | int):
+        raise RecordError(f'"{key}" must be true or false (1 or 0), found {str(record[key])[:60]!r}')
     rest = {name: value for name, value in record.items() if name != key}
     for style in ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"):
         if FORMATS[style].keys[0] not in rest:
@@ -199,7 +199,7 @@ def recognise(record: Mapping[str, Any]) -> str:
     keys = record.keys()
     if {"chosen", "rejected"} <= keys:
         return "preference"
-    asked = keys & {"messages", "conversations", "instruction", "prompt"}
+    asked = keys & {"messages", "conversations", "instruction", "prompt", "question"}
     if asked and ("kto_tag" in keys or isinstance(record.get("label"), bool) or _is_named_label(record)):
         return "kto"
     found = [name for name in TRAINABLE if keys >= set(FORMATS[name].keys)]

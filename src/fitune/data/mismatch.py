@@ -10,11 +10,11 @@ from fitune.data.encoding import EncodedSample
 from fitune.data.packing import pack
 
 
-def mismatched(batches: Sequence[Batch]) -> list[Batch]:
+def mismatched(batches: Sequence[Batch], packs: bool = True) -> list[Batch]:
     """Every judged answer's question with the answer of the next one, the last one's with the first's.
 
     Rows are no longer than the longest of `batches`, and no more to a micro-batch; an answer is cut where it does not
-    fit. Nothing of fewer than two answers.
+    fit. `packs`: whether the model keeps several answers in a row apart. Nothing of fewer than two answers.
     """
     found = [answer for batch in batches for answer in _answers(batch)]
     if len(found) < 2:
@@ -26,7 +26,9 @@ def mismatched(batches: Sequence[Batch]) -> list[Batch]:
         tokens = (*question, *answer)[:width]
         trained = [place >= len(question) for place in range(len(tokens))]
         samples.append(EncodedSample(tokens, tuple(trained), label=True))
-    rows = [[samples[place] for place in row] for row in pack([len(sample) for sample in samples], width)]
+    lengths = [len(sample) for sample in samples]
+    places = pack(lengths, width) if packs else [[place] for place in range(len(samples))]
+    rows = [[samples[place] for place in row] for row in places]
     return [collate(rows[at : at + height], width, 0) for at in range(0, len(rows), height)]
 
 

@@ -30,6 +30,8 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "marks": ("<u4", 8),
 }
 
+# Which of a sample's marks is its label; so many samples' are read at once to look at it.
+_LABEL, _LABELS_AT_ONCE = 7, 1 << 16
 # Files that stay open, of all tables together; systems allow a process 1,024, or 256, and tables may be more.
 _OPEN_FILES = 96
 
@@ -126,6 +128,14 @@ class TokenTable:
     def keys(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Of every sample two numbers that only equal ones share; [samples] uint64 each."""
         return self._whole("key"), self._whole("key2")
+
+    def labels(self) -> NDArray[np.uint8]:
+        """What is said of each judged answer: 1 bad, 2 good; 0 of other samples; [samples]."""
+        found = np.empty(len(self), dtype=np.uint8)
+        for start in range(0, len(self), _LABELS_AT_ONCE):
+            count = min(_LABELS_AT_ONCE, len(self) - start)
+            found[start : start + count] = self._read("marks", start, count)[:, _LABEL]
+        return found
 
     def origin(self, index: int) -> Origin | None:
         """Where a sample comes from."""
@@ -298,11 +308,18 @@ class Samples(Sequence[EncodedSample]):
         """Which sample of its file each is, or is a part of, from 0; [samples]."""
         return self._of_all([table.numbers() for table in self.tables])
 
+    def labels(self) -> NDArray[np.uint8]:
+        """What is said of each judged answer: 1 bad, 2 good; 0 of other samples; [samples]."""
+        return self._of_all([table.labels() for table in self.tables])
+
     def digest(self) -> str:
-        """A number (hexadecimal) of all tokens and masks in this order."""
+        """A number (hexadecimal) of all tokens, masks and labels in this order."""
         digest = hashlib.blake2b(digest_size=32)
         for column in self.keys():
             digest.update(np.ascontiguousarray(column).data)
+        labels = self.labels()
+        if labels.any():
+            digest.update(np.ascontiguousarray(labels).data)
         return digest.hexdigest()
 
     def _of_all(self, columns: list[NDArray[Any]]) -> NDArray[Any]:

@@ -22,6 +22,8 @@ from fitune.quant.stream import resident_groups
 # What a run holds besides what planning leaves behind: the objects of the whole model, threads' workspaces, small
 # tensors; 3 to 45 MB in six runs of two models (docs/log.md, "rooms in the plan").
 RUN_BYTES = 25_000_000
+# What the client of one of train.trackers takes: of MLflow's (mlflow-skinny), which was measured.
+TRACKER_BYTES = 70_000_000
 # Linux brings in so much of a mapped file around what is touched (fault_around_bytes, its default).
 FAULT_BYTES = 1 << 16
 
@@ -237,7 +239,7 @@ def make_plan(
         seconds = step_seconds(*arguments, step.parts, probed[0]) * share
     gc.collect()
     give_back_free_memory()
-    overhead = resident_bytes() + RUN_BYTES
+    overhead = resident_bytes() + RUN_BYTES + TRACKER_BYTES * len(run.train.trackers or ())
     gradients, saved, workspace = parts_at_peak(step, of_step, anatomy.trained_bytes)
     memory = (
         Item("frozen weights", weights - anatomy.int8_bytes - anatomy.trained_bytes, "bytes", "model"),

@@ -153,7 +153,7 @@ class KTO(_Plain):
         gains, count = 0.0, 0
         was_training = model.graph.training
         model.graph.eval()
-        for batch in mismatched(batches):
+        for batch in mismatched(batches, model.report.packs):
             reference = reference_of(model, batch, self)
             assert reference is not None
             with a_pass(), torch.no_grad():
@@ -161,7 +161,8 @@ class KTO(_Plain):
                 gains += float(((logprobs.double() - reference.double()) * weights).sum())
             count += int((batch.labels != 0).sum())
         model.graph.train(was_training)
-        return replace(self, baseline=max(0.0, gains / count) if count else 0.0)
+        mean = gains / count if count else 0.0
+        return replace(self, baseline=0.0 if mean <= 0 else mean)  # what is no number stays none
 
     def counts(self, batch: Batch) -> tuple[Tensor, ...]:
         """The judged answers."""

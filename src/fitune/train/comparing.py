@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from fitune.config.schema import RunConfig
@@ -31,8 +32,19 @@ def evaluation_samples(config: RunConfig, source: ModelSource, watch: Watch | No
 
     `watch` hears how far it is, where all data are read for it.
 
-    Raises InputError where neither is set, or the data cannot be read any more.
+    Of preferences only the better answers: a pair is the conversation with the one that was chosen, and an answer
+    that was judged bad is left out.
+
+    Raises InputError where neither is set, the data cannot be read any more, or no good answer is in them.
     """
+    samples = _samples(config, source, watch)
+    good = [replace(sample, rejected=(), label=None) for sample in samples if sample.label is not False]
+    if samples and not good:
+        raise InputError("all of their answers are labelled bad: there is nothing to judge by", where="evaluate.data")
+    return good
+
+
+def _samples(config: RunConfig, source: ModelSource, watch: Watch | None) -> list[Sample]:
     if config.evaluate.data is not None:
         return read_samples(config.evaluate.data)
     if isinstance(config.data.validation, str):

@@ -307,7 +307,7 @@ def train_run(
         records: list[StepRecord] = []
         board = TensorBoardLog(folder.tensorboard, say) if ranks.is_first else None
         names = (config.train.trackers or ()) if ranks.is_first else ()
-        trackers = Trackers(names, folder, config.model_dump(mode="json"), say)
+        trackers = Trackers(names, folder, config.model_dump(mode="json"), say, is_new=start_from is None)
         is_whole = False
 
         def collect(record: StepRecord | ValidationRecord) -> None:
@@ -328,24 +328,25 @@ def train_run(
                 config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say,
                 plan.budget_bytes, ranks,
             )  # fmt: skip
+            base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
+            digest = _save_result(model, prepared.source, base, folder) if ranks.is_first else ""
+            seconds = time.perf_counter() - started
+            summary = {
+                "model": config.model, "note": prepared.source.note, "method": config.method, "base": base,
+                "steps": progress.step, "final_loss": losses[-1][1] if losses else None,
+                "validation_loss": validation[-1][1] if validation else None, "seconds": round(seconds, 1),
+                "peak_bytes": peak_bytes(), "planned_peak_bytes": plan.peak_bytes, "sha256": digest,
+                "replaced": dict(model.report.replaced), "left": model.report.left,
+                "machine": machine(prepared.hardware),
+                "data": prepared.data.report.as_json(),
+            }  # fmt: skip
+            if ranks.is_first:
+                folder.write_json(folder.summary_file, summary)
             is_whole = True
-        finally:
+        finally:  # trackers may take their time, or never end: the result is there by then
             if board is not None:
                 board.close()
             trackers.close(is_whole)
-        base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
-        digest = _save_result(model, prepared.source, base, folder) if ranks.is_first else ""
-        seconds = time.perf_counter() - started
-        summary = {
-            "model": config.model, "note": prepared.source.note, "method": config.method, "base": base,
-            "steps": progress.step, "final_loss": losses[-1][1] if losses else None,
-            "validation_loss": validation[-1][1] if validation else None, "seconds": round(seconds, 1),
-            "peak_bytes": peak_bytes(), "planned_peak_bytes": plan.peak_bytes, "sha256": digest,
-            "replaced": dict(model.report.replaced), "left": model.report.left, "machine": machine(prepared.hardware),
-            "data": prepared.data.report.as_json(),
-        }  # fmt: skip
-        if ranks.is_first:
-            folder.write_json(folder.summary_file, summary)
     finally:
         folder.unlock()
     return Outcome(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,6 +22,10 @@ from fitune.train.run_folder import RunFolder
 from fitune.train.scalars import scalars_of
 
 PROJECT = "fitune"
+# MLflow waits minutes for a server that does not answer (7 retries of up to 120 s) unless told, and steps with it.
+_SHORT_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# Names that are no fields (a pattern's keys are expressions, which MLflow's names cannot be).
+_OPEN_SECTIONS = ("lora.rank_pattern", "lora.alpha_pattern")
 # MLflow takes so much of a parameter's value, and so many parameters at a time.
 _LONGEST_VALUE, _MOST_PARAMETERS = 6000, 100
 
@@ -51,6 +57,8 @@ class _Wandb:
 
 class _Mlflow:
     def __init__(self, name: str, key: str, config: Mapping[str, Any], folder: RunFolder) -> None:
+        for setting, value in _SHORT_WAITS.items():
+            os.environ.setdefault(setting, value)
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -64,8 +72,12 @@ class _Mlflow:
             return
         self._id = self._client.create_run(experiment, tags={"fitune_run": key}, run_name=name).info.run_id
         parameters = [Param(field, str(value)[:_LONGEST_VALUE]) for field, value in _flat(config)]
-        for start in range(0, len(parameters), _MOST_PARAMETERS):
-            self._client.log_batch(self._id, params=parameters[start : start + _MOST_PARAMETERS])
+        try:
+            for start in range(0, len(parameters), _MOST_PARAMETERS):
+                self._client.log_batch(self._id, params=parameters[start : start + _MOST_PARAMETERS])
+        except Exception:
+            self.close(is_whole=False)  # or it would be running for ever there
+            raise
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
@@ -127,16 +139,18 @@ class Trackers:
         names: of `train.trackers`.
         config: the run's, as it stands in its folder.
         say: is told, once each, of those that fail.
+        is_new: whether the run begins; what an earlier one in the folder left is another run to them then.
     """
 
     def __init__(
-        self, names: Sequence[str], folder: RunFolder, config: Mapping[str, Any], say: Callable[[str], None]
-    ) -> None:
+        self, names: Sequence[str], folder: RunFolder, config: Mapping[str, Any], say: Callable[[str], None],
+        is_new: bool = False,
+    ) -> None:  # fmt: skip
         self._say = say
         self._open: dict[str, Tracker] = {}
-        key = _key(folder) if names else ""
         for name in names:
-            self._try(name, partial(self._begin, name, key, folder, config))
+            self._try(name, partial(self._begin, name, folder, config, is_new))
+            is_new = False  # all have the same
 
     def __call__(self, record: StepRecord | ValidationRecord) -> None:
         scalars = scalars_of(record)
@@ -149,29 +163,35 @@ class Trackers:
             self._try(name, partial(tracker.close, is_whole))
         self._open.clear()
 
-    def _begin(self, name: str, key: str, folder: RunFolder, config: Mapping[str, Any]) -> None:
+    def _begin(self, name: str, folder: RunFolder, config: Mapping[str, Any], is_new: bool) -> None:
+        key = _key(folder, is_new)
         self._open[name] = _KINDS[name](folder.path.resolve().name, key, config, folder)
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # whatever a service's client raises: the run is worth more
+        except (Exception, SystemExit) as error:  # whatever a service's client raises: the run is worth more
             self._open.pop(name, None)
             self._say(f"warning: {name} is told nothing more of this run: {type(error).__name__}: {error}")
 
 
-def _key(folder: RunFolder) -> str:
-    """By which a run that is gone on with is the same to the trackers."""
+def _key(folder: RunFolder, is_new: bool) -> str:
+    """By which a run that is gone on with is the same to the trackers; another one where the note is damaged."""
     path = folder.path / "trackers.json"
-    if not path.is_file():
-        folder.write_json(path, {"id": uuid.uuid4().hex[:12]})
-    return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    if path.is_file() and not is_new:
+        with suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    key = uuid.uuid4().hex[:12]
+    folder.write_json(path, {"id": key})
+    return key
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Of sections in sections `train.epochs` and its value."""
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and prefix + name in _OPEN_SECTIONS:
+            yield prefix + name, json.dumps(value)
+        elif isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
