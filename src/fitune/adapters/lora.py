@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fitune.adapters.outer_names import Rename, renamed_key, renamed_targets, under_graph_names
 from fitune.adapters.targets import target_names
@@ -22,6 +23,8 @@ from fitune.errors import InputError
 
 BASE_FILE = "base.json"
 ADAPTER = "default"
+# Ways to begin that change nothing but A and B.
+_ONLY_FILLING = (False, "gaussian", "orthogonal")
 # Makes a LoRA layer for a base layer, or None to leave it to PEFT's own classes.
 LayerFactory = Callable[..., nn.Module | None]
 
@@ -29,19 +32,27 @@ LayerFactory = Callable[..., nn.Module | None]
 def inject(
     model: PreTrainedModel, head: str, *, rank: int, alpha: float, dropout: float, targets: Any, rslora: bool,
     seed: int, base_name: str, layer: LayerFactory | None = None, rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False,
 ) -> PeftModel:  # fmt: skip
     """`model` with a fresh adapter (A random from `seed`, B zero) on every target; the base is frozen.
 
     `layer` makes the LoRA layers (the fused ones); where it returns None PEFT's own are used. The patterns are as
-    PEFT's: ends of names, or expressions, with the rank and alpha of the layers that they fit.
-    Raises InputError for targets that match nothing.
+    PEFT's: ends of names, or expressions, with the rank and alpha of the layers that they fit. `dora`: each layer has
+    a magnitude for every output too, which begins as the length of the weight's row.
+    Raises InputError for targets that match nothing, or that DoRA is not for.
     """
     names = target_names(model, head, targets)
+    transposed = [name for name in names if dora and isinstance(model.get_submodule(name), Conv1D)]
+    if transposed:
+        raise InputError(
+            f"{len(transposed)} of the adapted layers, such as {transposed[0]}, keep their weights transposed "
+            "(Conv1D); DoRA is for ordinary linear layers: leave it out, or name other lora.targets",
+            where="lora.dora",
+        )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=names, bias="none",
         task_type="CAUSAL_LM", base_model_name_or_path=base_name, rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}), use_dora=dora,
     )  # fmt: skip
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
@@ -126,6 +137,8 @@ def _load(
         ) from error
     if dropout is not None:
         config.lora_dropout = dropout
+    if config.init_lora_weights in _ONLY_FILLING:
+        config.init_lora_weights = True  # what A and B began with is overwritten
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
     try:
@@ -149,7 +162,8 @@ def _load(
     with torch.no_grad():
         for key, tensor in tensors.items():
             name, _, leaf = key.rpartition(".")
-            target = parameters.get(f"{name}.{ADAPTER}.{leaf}")
+            is_magnitude = leaf == "lora_magnitude_vector"  # the only one whose name in a file has no "weight"
+            target = parameters.get(f"{key}.{ADAPTER}.weight" if is_magnitude else f"{name}.{ADAPTER}.{leaf}")
             if target is not None:
                 target.copy_(tensor)
     return adapted

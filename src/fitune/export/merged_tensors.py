@@ -23,7 +23,7 @@ class MergedTensors:
 
     Args:
         tensors: the source's tensors as the graph has them.
-        pairs: graph name of a weight -> what is added to it.
+        pairs: graph name of a weight -> what is merged into it.
 
     Attributes:
         plans: every tensor to be written, in an order in which no group has to be made twice.
@@ -86,7 +86,7 @@ class MergedTensors:
         merged = self._tensors.read(group)
         for name in self._pairs.keys() & merged.keys():
             weight = merged[name]
-            merged[name] = (weight.float() + self._pairs[name].delta()).to(weight.dtype)
+            merged[name] = self._pairs[name].merged(weight).to(weight.dtype)
             self._waiting.discard(name)
         return merged
 

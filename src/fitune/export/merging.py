@@ -59,10 +59,11 @@ def merge_adapter(
 ) -> MergeReport:
     """Writes base + adapter as a Hugging Face checkpoint in the base's own dtype.
 
-    Each adapted weight is W + scaling * B @ A in float32, cast once. Names are those of the base's checkpoint;
-    what the adapter does not touch (experts of a mixture, the other towers of a multimodal model) is written as it
-    is. The folder is written beside `output`, loaded anew, compared with base + adapter through PEFT, and only then
-    takes its name: where anything fails, nothing is left and what stood at `output` before still stands.
+    Each adapted weight is W + scaling * B @ A in float32 (its rows as long as DoRA says, where the adapter is one),
+    cast once. Names are those of the base's checkpoint; what the adapter does not touch (experts of a mixture, the
+    other towers of a multimodal model) is written as it is. The folder is written beside `output`, loaded anew,
+    compared with base + adapter through PEFT, and only then takes its name: where anything fails, nothing is left
+    and what stood at `output` before still stands.
 
     Args:
         progress: told the bytes done and the bytes in all.

@@ -67,6 +67,14 @@ class _FrozenProduct(torch.autograd.Function):
         return product_transposed(grad_out, ctx.linear), None
 
 
+def product_alone(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x [..., in] -> x W^T [..., out] of a frozen layer, quantised or not, without its bias; differentiable in x."""
+    if isinstance(linear, QuantisedLinear):
+        y: Tensor = _FrozenProduct.apply(x, linear)
+        return y
+    return nn.functional.linear(x, linear.weight.detach().to(x.dtype))
+
+
 @contextmanager
 def held(linear: nn.Linear, dtype: torch.dtype) -> Iterator[Tensor]:
     """The dense weight [out, in] of a frozen layer, quantised or not; valid inside."""

@@ -11,8 +11,8 @@ from fitune.adapters.lora import inject, load_adapter
 from fitune.adapters.targets import left_without_adapter
 from fitune.config.schema import RunConfig
 from fitune.data.batch import Batch
+from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.int8_calibration import calibrate
-from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.models.build import build_dense, build_quantised
 from fitune.models.graph import head_name
@@ -56,7 +56,7 @@ def build_for_training(
                 graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
                 targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
                 layer=fused_lora_layer, rank_pattern=config.lora.rank_pattern,
-                alpha_pattern=config.lora.alpha_pattern,
+                alpha_pattern=config.lora.alpha_pattern, dora=config.lora.dora,
             )  # fmt: skip
     resident = config.train.resident_layers
     stream = None if resident is None else stream_layers(graph, resident)
