@@ -20,8 +20,11 @@ from fitune.adapters.outer_names import Rename, renamed_key, renamed_targets, un
 from fitune.adapters.targets import target_names
 from fitune.atomic import new_folder
 from fitune.errors import InputError
+from fitune.quant.parameter import QuantisedParameter
 
 BASE_FILE = "base.json"
+# What base.json says under "weights" where it is not the base as it is that an adapter belongs to.
+FOUR_BITS = "nf4"
 ADAPTER = "default"
 # Ways to begin that change nothing but A and B.
 _ONLY_FILLING = (False, "gaussian", "orthogonal")
@@ -68,7 +71,8 @@ def inject(
 def save_adapter(model: PeftModel, folder: Path, base: dict[str, str], outer: Rename | None = None) -> None:
     """Writes the adapter as PEFT does (adapter_model.safetensors, adapter_config.json) plus `base.json`.
 
-    `base` says what the adapter belongs to (`reference`, `identity`); `outer` gives modules the names that they
+    `base` says what the adapter belongs to (`reference`, `identity`, and `weights` where it is made for other
+    numbers than the base's own); `outer` gives modules the names that they
     have in the model that others load (`ModelSource.outer_module`). The folder appears whole or not at all.
     """
     state = {
@@ -94,6 +98,11 @@ def read_base(folder: Path) -> dict[str, str] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def belongs_to_four_bits(folder: Path) -> bool:
+    """Whether an adapter makes up for what its base loses to 4 bits, and is wrong beside the 16-bit one."""
+    return (read_base(folder) or {}).get("weights") == FOUR_BITS
+
+
 def load_adapter(
     model: PreTrainedModel,
     folder: Path,
@@ -107,7 +116,8 @@ def load_adapter(
 
     `identity`: of the model's source (`ModelSource.identity`). `dropout`: in place of the adapter's own.
     `inner` gives modules back the names that they have in `model` (`ModelSource.graph_module`).
-    Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base.
+    Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base, or to
+    its 4 bits where it is not in them.
     """
     config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     missing = [path.name for path in (config_path, weights) if not path.is_file()]
@@ -118,6 +128,13 @@ def load_adapter(
         raise InputError(
             f"this adapter was trained on {base['reference']!r} (weights {base['identity']}), not on the model given "
             f"(weights {identity}); give the same model, from wherever",
+            where=folder,
+        )
+    if belongs_to_four_bits(folder) and not any(isinstance(one, QuantisedParameter) for one in model.modules()):
+        raise InputError(
+            "this adapter makes up for the 4 bits of its base (lora.initial loftq): beside 16-bit weights it would "
+            "change them by what they never lost. Load the base in 4 bits (method qlora, --four-bit), or merge it "
+            "first (fitune merge)",
             where=folder,
         )
     with under_graph_names(folder, inner) as place:

@@ -212,6 +212,11 @@ class LoraSettings(Section):
         "rank, alpha, their patterns, targets, rslora and dora are the adapter's",
         examples=["runs/first"],
     )
+    initial: Literal["zero", "loftq"] = Field(
+        default="zero",
+        description="What a new adapter is: zero: without effect; loftq: what makes up best for what the base lost "
+        "to 4 bits (method qlora)",
+    )
     rslora: bool = Field(
         default=False,
         description="Scale by alpha / sqrt(rank), which is steadier at high ranks",

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.lora_product import SharedProduct
-from fitune.quant.linear import QuantisedLinear, held, product_alone
-from fitune.quant.mapped_pages import give_back, is_mapped, spans_of
+from fitune.quant.linear import QuantisedLinear, held_once, product_alone
 
 # Rows that are handled in float32 at one time.
 _ROWS = 256
@@ -58,14 +57,11 @@ class FusedDoraLinear(FusedLoraLinear):
         return {(): None, ("use_dora",): _Dora}
 
     def measured_rows(self) -> Tensor:
-        """|W_j|^2 of the frozen weight [N], float32; the pages of a mapped weight are let go again."""
+        """|W_j|^2 of the frozen weight [N], float32."""
         base = self.get_base_layer()
         dtype = base.stored.dtype if isinstance(base, QuantisedLinear) else base.weight.dtype
-        with torch.no_grad(), held(base, dtype) as weight:
-            made = torch.cat([rows.float().square().sum(1) for rows in weight.split(_ROWS)])
-        tensors = base.stored.own_tensors() if isinstance(base, QuantisedLinear) else (base.weight.data,)
-        give_back(spans_of(tensor for tensor in tensors if is_mapped(tensor)))
-        return made
+        with torch.no_grad(), held_once(base, dtype) as weight:
+            return torch.cat([rows.float().square().sum(1) for rows in weight.split(_ROWS)])
 
     @torch.no_grad()
     def measure(self, adapter: str) -> None:
