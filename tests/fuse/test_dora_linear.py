@@ -18,6 +18,7 @@ from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.dora_linear import FusedDoraLinear
 from fitune.fuse.int8_calibration import calibrate
 from fitune.fuse.model import prepare
+from fitune.generate import generate
 from fitune.models.folder import FolderSource
 from fitune.models.graph import head_name
 from fitune.plan.computation import Computation
@@ -141,6 +142,21 @@ def test_what_generation_keeps_follows_the_parameters() -> None:
         if "lora_magnitude" in name:
             parameter.data.numpy()[:] /= 2  # behind torch's back, as native optimizers write
     assert distance(logits(model.train()), before) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_generated_tokens_are_pefts(family: str) -> None:
+    """Rows of unequal lengths, a cache, one new token at a time."""
+    graph = model_of(family)
+    prepare(graph, dora(graph), torch.float32, BACKEND)
+    theirs = dora(model_of(family), fused=False).eval()
+    prompts = [TOKENS[0, :7].tolist(), TOKENS[1, :12].tolist(), TOKENS[0, 5:9].tolist()]
+    found = generate(graph.eval(), prompts, max_new_tokens=8, eos_ids=[256], pad_id=257)
+    for prompt, answer in zip(prompts, found, strict=True):
+        expected = theirs.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=256, pad_token_id=257
+        )[0, len(prompt) :].tolist()
+        assert list(answer) == [token for token in expected if token != 256]
 
 
 def test_a_zero_row_stays_zero() -> None:
