@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fitune.adapters.lora import inject
 from fitune.data.encoding import EncodedSample
-from fitune.fuse.lora_linear import fused_lora_layer
+from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.kernels import native
 from fitune.models.graph import head_name

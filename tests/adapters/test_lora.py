@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from fitune.adapters.lora import BASE_FILE, adapter_digest, inject, load_adapter, read_base, save_adapter
 from fitune.adapters.targets import target_names
 from fitune.errors import InputError
-from fitune.fuse.lora_linear import FusedLoraLinear, fused_lora_layer
+from fitune.fuse.adapter_layers import fused_lora_layer
+from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.models.graph import head_name
 from tiny_models import adapted, model_of
 

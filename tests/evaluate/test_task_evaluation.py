@@ -22,7 +22,7 @@ from fitune.evaluate.task_evaluation import (
     correct_of,
     evaluate_task,
 )
-from fitune.fuse.lora_linear import fused_lora_layer
+from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.generate.stopping import stop_ids
 from fitune.models.find import find_model

@@ -63,6 +63,8 @@ def save_adapter(base: Path, folder: Path, **lora: Any) -> Path:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.05)
+            if "lora_magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
     adapted.save_pretrained(folder)
     return folder
 
@@ -100,6 +102,8 @@ def assert_nothing_left(folder: Path, *allowed: str) -> None:
         ({}, torch.float16),
         ({}, torch.float32),
         ({"use_rslora": True, "r": 8}, torch.float32),
+        ({"use_dora": True, "use_rslora": True}, torch.float32),
+        ({"use_dora": True}, torch.bfloat16),
         (
             {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6}, "alpha_pattern": {"down_proj": 3}},
             torch.float32,
@@ -150,10 +154,11 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
         merge_adapter(FolderSource(base), tmp_path / "head", tmp_path / "out2")
 
 
-def test_transposed_weights_as_in_gpt2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_transposed_weights_as_in_gpt2(tmp_path: Path, dora: bool) -> None:
     config = GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.2)
     base = save_base(tmp_path / "base", torch.float32, config)
-    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True, use_dora=dora)
     report = merge_adapter(FolderSource(base), adapter, tmp_path / "out")
     assert report.merged_tensors == 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -212,8 +217,9 @@ Q = "base_model__model__model__layers__0__self_attn__q_proj__lora_"
         ({f"{Q}A__weight": torch.ones(5, 64)}, {}, "does not fit"),
         ({f"{Q}A__weight": None}, {}, "without its partner"),
         ({f"{Q}A__weight": torch.full((4, 64), float("nan"))}, {}, "not finite"),
-        ({f"{Q}magnitude_vector": torch.ones(64)}, {}, "no part of a LoRA pair"),
-        ({}, {"use_dora": True}, "use_dora is True"),
+        ({f"{Q}magnitude_vectors": torch.ones(64)}, {}, "no part of a LoRA pair"),
+        ({f"{Q}magnitude_vector": torch.ones(64)}, {}, "lora_magnitude_vector is there, and use_dora is False"),
+        ({}, {"use_dora": True}, "lora_magnitude_vector is missing, and use_dora is True"),
         ({}, {"bias": "all"}, "biases"),
         ({}, {"peft_type": "IA3"}, "'IA3'"),
         ({}, {"init_lora_weights": "pissa_niter_4"}, "changed the base"),

@@ -61,9 +61,11 @@ def config_of(model_type: str, layers: int = 8) -> PretrainedConfig:
     return type(tiny)(**{name: value for name, value in {**known, **wider, **deeper}.items() if name not in unwanted})
 
 
-def run_of(method: str, recompute: str = "none", compute: str = "auto") -> RunConfig:
+def run_of(method: str, recompute: str = "none", compute: str = "auto", **lora: object) -> RunConfig:
     train = {"recompute": recompute, "compute": compute}
-    return RunConfig.model_validate({"model": "tiny", "method": method, "data": {"train": "a"}, "train": train})
+    return RunConfig.model_validate(
+        {"model": "tiny", "method": method, "data": {"train": "a"}, "train": train, "lora": lora}
+    )
 
 
 def planned(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -> tuple[Anatomy, StepMemory]:
@@ -132,6 +134,25 @@ def test_planned_bytes_of_int8_are_the_real_ones(tmp_path: Path, monkeypatch: py
     anatomy, memory = planned(run, config, dtype)
     found = real(run, config, dtype, tmp_path / "model")
     assert anatomy.int8_bytes == found["int8"] > 0
+    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
+    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "recompute", "dropout"),
+    [("llama", "qlora", "none", 0.0), ("llama", "lora", "layers", 0.1), ("deepseek_v3", "qlora", "none", 0.0)],
+)
+def test_planned_bytes_of_dora_are_the_real_ones(
+    model_type: str, method: str, recompute: str, dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    run, config = run_of(method, recompute, dora=True, dropout=dropout), config_of(model_type)
+    anatomy, memory = planned(run, config, torch.bfloat16)
+    found = real(run, config, torch.bfloat16, tmp_path / "model")
+    assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
+    plain = read_anatomy(run_of(method), config, torch.bfloat16)
+    assert anatomy.trained_bytes > plain.trained_bytes
+    assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
     assert memory.saved == pytest.approx(found["saved"], rel=0.05)
     assert memory.peak == pytest.approx(found["peak"], rel=0.05)
 

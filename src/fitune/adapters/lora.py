@@ -14,14 +14,20 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fitune.adapters.outer_names import Rename, renamed_key, renamed_targets, under_graph_names
 from fitune.adapters.targets import target_names
 from fitune.atomic import new_folder
 from fitune.errors import InputError
+from fitune.quant.parameter import QuantisedParameter
 
 BASE_FILE = "base.json"
+# What base.json says under "weights" where it is not the base as it is that an adapter belongs to.
+FOUR_BITS = "nf4"
 ADAPTER = "default"
+# Ways to begin that change nothing but A and B.
+_ONLY_FILLING = (False, "gaussian", "orthogonal")
 # Makes a LoRA layer for a base layer, or None to leave it to PEFT's own classes.
 LayerFactory = Callable[..., nn.Module | None]
 
@@ -29,19 +35,27 @@ LayerFactory = Callable[..., nn.Module | None]
 def inject(
     model: PreTrainedModel, head: str, *, rank: int, alpha: float, dropout: float, targets: Any, rslora: bool,
     seed: int, base_name: str, layer: LayerFactory | None = None, rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False,
 ) -> PeftModel:  # fmt: skip
     """`model` with a fresh adapter (A random from `seed`, B zero) on every target; the base is frozen.
 
     `layer` makes the LoRA layers (the fused ones); where it returns None PEFT's own are used. The patterns are as
-    PEFT's: ends of names, or expressions, with the rank and alpha of the layers that they fit.
-    Raises InputError for targets that match nothing.
+    PEFT's: ends of names, or expressions, with the rank and alpha of the layers that they fit. `dora`: each layer has
+    a magnitude for every output too, which begins as the length of the weight's row.
+    Raises InputError for targets that match nothing, or that DoRA is not for.
     """
     names = target_names(model, head, targets)
+    transposed = [name for name in names if dora and isinstance(model.get_submodule(name), Conv1D)]
+    if transposed:
+        raise InputError(
+            f"{len(transposed)} of the adapted layers, such as {transposed[0]}, keep their weights transposed "
+            "(Conv1D); DoRA is for ordinary linear layers: leave it out, or name other lora.targets",
+            where="lora.dora",
+        )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=names, bias="none",
         task_type="CAUSAL_LM", base_model_name_or_path=base_name, rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}), use_dora=dora,
     )  # fmt: skip
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
@@ -57,7 +71,8 @@ def inject(
 def save_adapter(model: PeftModel, folder: Path, base: dict[str, str], outer: Rename | None = None) -> None:
     """Writes the adapter as PEFT does (adapter_model.safetensors, adapter_config.json) plus `base.json`.
 
-    `base` says what the adapter belongs to (`reference`, `identity`); `outer` gives modules the names that they
+    `base` says what the adapter belongs to (`reference`, `identity`, and `weights` where it is made for other
+    numbers than the base's own); `outer` gives modules the names that they
     have in the model that others load (`ModelSource.outer_module`). The folder appears whole or not at all.
     """
     state = {
@@ -83,6 +98,11 @@ def read_base(folder: Path) -> dict[str, str] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def belongs_to_four_bits(folder: Path) -> bool:
+    """Whether an adapter makes up for what its base loses to 4 bits, and is wrong beside the 16-bit one."""
+    return (read_base(folder) or {}).get("weights") == FOUR_BITS
+
+
 def load_adapter(
     model: PreTrainedModel,
     folder: Path,
@@ -96,7 +116,8 @@ def load_adapter(
 
     `identity`: of the model's source (`ModelSource.identity`). `dropout`: in place of the adapter's own.
     `inner` gives modules back the names that they have in `model` (`ModelSource.graph_module`).
-    Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base.
+    Raises InputError where there is no adapter, it is damaged, fits another model, or belongs to another base, or to
+    its 4 bits where it is not in them.
     """
     config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     missing = [path.name for path in (config_path, weights) if not path.is_file()]
@@ -107,6 +128,13 @@ def load_adapter(
         raise InputError(
             f"this adapter was trained on {base['reference']!r} (weights {base['identity']}), not on the model given "
             f"(weights {identity}); give the same model, from wherever",
+            where=folder,
+        )
+    if belongs_to_four_bits(folder) and not any(isinstance(one, QuantisedParameter) for one in model.modules()):
+        raise InputError(
+            "this adapter makes up for the 4 bits of its base (lora.initial loftq): beside 16-bit weights it would "
+            "change them by what they never lost. Load the base in 4 bits (method qlora, --four-bit), or merge it "
+            "first (fitune merge)",
             where=folder,
         )
     with under_graph_names(folder, inner) as place:
@@ -126,6 +154,8 @@ def _load(
         ) from error
     if dropout is not None:
         config.lora_dropout = dropout
+    if config.init_lora_weights in _ONLY_FILLING:
+        config.init_lora_weights = True  # what A and B began with is overwritten
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
     try:
@@ -149,7 +179,8 @@ def _load(
     with torch.no_grad():
         for key, tensor in tensors.items():
             name, _, leaf = key.rpartition(".")
-            target = parameters.get(f"{name}.{ADAPTER}.{leaf}")
+            is_magnitude = leaf == "lora_magnitude_vector"  # the only one whose name in a file has no "weight"
+            target = parameters.get(f"{key}.{ADAPTER}.weight" if is_magnitude else f"{name}.{ADAPTER}.{leaf}")
             if target is not None:
                 target.copy_(tensor)
     return adapted

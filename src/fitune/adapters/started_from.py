@@ -16,7 +16,7 @@ from fitune.errors import InputError
 
 # What PEFT's LoRA can do beside a matrix pair on each module, by the value that means: not here.
 _BESIDE = {
-    "use_dora": False, "modules_to_save": None, "bias": "none",
+    "modules_to_save": None, "bias": "none",
     "fan_in_fan_out": False, "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "lora_bias": False, "use_qalora": False, "corda_config": None, "arrow_config": None,
 }  # fmt: skip
@@ -33,6 +33,7 @@ class AdapterSettings:
     targets: str | tuple[str, ...]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    dora: bool
 
 
 def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename | None = None) -> AdapterSettings:
@@ -59,7 +60,7 @@ def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename |
     return AdapterSettings(
         int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora")),
         _targets(names, graph, head, folder), dict(config.get("rank_pattern") or {}),
-        dict(config.get("alpha_pattern") or {}),
+        dict(config.get("alpha_pattern") or {}), bool(config.get("use_dora")),
     )  # fmt: skip
 
 

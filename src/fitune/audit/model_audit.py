@@ -26,7 +26,7 @@ from fitune.data.batch import Batch
 from fitune.data.collation import collate
 from fitune.data.encoding import EncodedSample
 from fitune.errors import FituneError
-from fitune.fuse.lora_linear import fused_lora_layer
+from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.generate import generate
 from fitune.models.build import build_dense, build_quantised

@@ -49,6 +49,24 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
             )
     if config.method == "auto" and config.lora.start_from is not None:
         yield Conflict("lora.start_from", ("method",), "say which base it is for: method lora or qlora")
+    if config.lora.initial == "loftq":
+        if config.method in ("lora", "auto"):
+            yield Conflict(
+                "lora.initial",
+                ("method",),
+                "loftq makes up for what a base loses to 4 bits: take method qlora, or initial zero",
+            )
+        if config.lora.start_from is not None:
+            yield Conflict(
+                "lora.initial", ("lora.start_from",), "the adapter that is gone on from is not begun anew; remove one"
+            )
+        if train.objective in ("dpo", "kto"):
+            yield Conflict(
+                "lora.initial",
+                ("train.objective",),
+                f"{train.objective} compares with the base without its adapter, and loftq's is a part of the base; "
+                "take initial zero",
+            )
     if train.resident_layers is not None and config.method not in ("qlora", "auto"):
         yield Conflict(
             "train.resident_layers",

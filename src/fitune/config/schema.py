@@ -209,12 +209,22 @@ class LoraSettings(Section):
     start_from: Annotated[Text, InputFolder()] | None = Field(
         default=None,
         description="An adapter to go on from, of this or another program: a folder as PEFT writes it, or a run's; "
-        "rank, alpha, their patterns, targets and rslora are the adapter's",
+        "rank, alpha, their patterns, targets, rslora and dora are the adapter's",
         examples=["runs/first"],
+    )
+    initial: Literal["zero", "loftq"] = Field(
+        default="zero",
+        description="What a new adapter is: zero: without effect; loftq: what makes up best for what the base lost "
+        "to 4 bits (method qlora)",
     )
     rslora: bool = Field(
         default=False,
         description="Scale by alpha / sqrt(rank), which is steadier at high ranks",
+    )
+    dora: bool = Field(
+        default=False,
+        description="Learn the length of each row of the adapted weights apart from its direction (DoRA): better at "
+        "low ranks, and slower",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a PEFT LoRA adapter adds to each weight of its base: scaling * B @ A, in float32."""
+"""What a PEFT LoRA adapter makes of each weight of its base: W + scaling * B @ A, in float32, or DoRA's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 
-_PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_((?P<side>[AB])\.weight|magnitude_vector)")
+_MAGNITUDE = "magnitude_vector"
 # Fields that say how the adapter was made or placed, not what it computes: the tensors carry the outcome.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
@@ -30,7 +31,7 @@ _HARMLESS = {
     "lora_dropout", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-_COVERED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"}
+_COVERED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "use_dora"}
 _BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -38,13 +39,25 @@ _BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 class LoraPair:
     """One adapted module: A [R, in], B [out, R] and the factor on their product.
 
-    `is_transposed`: the base's weight is [in, out], as in transformers' `Conv1D`.
+    `is_transposed`: the base's weight is [in, out], as in transformers' `Conv1D`. `magnitude` [out]: of DoRA, the
+    length of each output's weights; None for plain LoRA.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     scaling: float
     is_transposed: bool
+    magnitude: torch.Tensor | None = None
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base's weight with the adapter in it, float32."""
+        made = weight.float() + self.delta()
+        if self.magnitude is None:
+            return made
+        # DoRA (arXiv 2402.09353, eq. 5): the direction of each output's weights is the sum's, their length its own.
+        inputs = 0 if self.is_transposed else 1
+        lengths = made.norm(dim=inputs, keepdim=True).clamp(min=1e-15)
+        return made * (self.magnitude.float().unsqueeze(inputs) / lengths)
 
     def delta(self) -> torch.Tensor:
         """scaling * B @ A in float32, shaped like the base's weight."""
@@ -57,8 +70,8 @@ def read_adapter(
 ) -> dict[str, LoraPair]:
     """Adapter folder -> name of a weight in `graph`, the model of `source` -> pair.
 
-    Raises InputError, with all problems at once, for an adapter of another base, of a kind that is not plain
-    LoRA or rsLoRA, or with a tensor that has no place or another shape.
+    Raises InputError, with all problems at once, for an adapter of another base, of a kind that is not LoRA,
+    rsLoRA or DoRA, or with a tensor that has no place or another shape.
     """
     config = _read_json(folder / CONFIG)
     problems = _uncovered(config)
@@ -73,7 +86,7 @@ def read_adapter(
         if matched is None:
             problems.append(f"tensor {key} is no part of a LoRA pair on a weight matrix")
         else:
-            sides.setdefault(source.graph_module(matched["module"]), {})[matched["side"]] = tensor
+            sides.setdefault(source.graph_module(matched["module"]), {})[matched["side"] or _MAGNITUDE] = tensor
     modules = dict(graph.named_modules())
     pairs: dict[str, LoraPair] = {}
     for module, found in sides.items():
@@ -81,7 +94,9 @@ def read_adapter(
         if problem is None:
             # Not what the configuration says: PEFT goes by the kind of each layer, and writes down the last one's.
             is_transposed = isinstance(modules[module], Conv1D)
-            pairs[f"{module}.weight"] = LoraPair(found["A"], found["B"], _scaling(module, config), is_transposed)
+            pairs[f"{module}.weight"] = LoraPair(
+                found["A"], found["B"], _scaling(module, config), is_transposed, found.get(_MAGNITUDE)
+            )
         else:
             problems.append(problem)
     if not sides and not problems:
@@ -96,8 +111,11 @@ def _check_pair(
     module: str, found: dict[str, torch.Tensor], config: dict[str, Any], graph: PreTrainedModel,
     layer: nn.Module | None,
 ) -> str | None:  # fmt: skip
-    if set(found) != {"A", "B"}:
+    if len(found.keys() & {"A", "B"}) != 2:
         return f"{module}: lora_{next(iter(found))} is there without its partner"
+    if (_MAGNITUDE in found) != bool(config.get("use_dora")):
+        there = "is there" if _MAGNITUDE in found else "is missing"
+        return f"{module}: lora_{_MAGNITUDE} {there}, and use_dora is {config.get('use_dora', False)}"
     weight = f"{module}.weight"
     for one, other in graph.all_tied_weights_keys.items():
         if weight in (one, other):
@@ -114,7 +132,10 @@ def _check_pair(
         return (
             f"{module}: B {tuple(up.shape)} @ A {tuple(down.shape)} of rank {rank} does not fit a weight of {stored}"
         )
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+    magnitude = found.get(_MAGNITUDE)
+    if magnitude is not None and tuple(magnitude.shape) != wanted[:1]:
+        return f"{module}: {len(magnitude)} magnitudes do not fit {wanted[0]} outputs"
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
         return f"{module}: the adapter holds values that are not finite"
     return None
 

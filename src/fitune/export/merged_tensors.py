@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fitune.export.adapter_delta import LoraPair
+from fitune.export.trained_beside import TrainedBase
 from fitune.models.conversion import GraphTensors, Group
 from fitune.models.shards import TensorPlan
 from fitune.models.source import ModelSource
@@ -23,7 +24,8 @@ class MergedTensors:
 
     Args:
         tensors: the source's tensors as the graph has them.
-        pairs: graph name of a weight -> what is added to it.
+        pairs: graph name of a weight -> what is merged into it.
+        base: the weights that the adapter was trained beside.
 
     Attributes:
         plans: every tensor to be written, in an order in which no group has to be made twice.
@@ -33,12 +35,14 @@ class MergedTensors:
     """
 
     def __init__(
-        self, source: ModelSource, graph: PreTrainedModel, tensors: GraphTensors, pairs: Mapping[str, LoraPair]
-    ) -> None:
+        self, source: ModelSource, graph: PreTrainedModel, tensors: GraphTensors, pairs: Mapping[str, LoraPair],
+        base: TrainedBase,
+    ) -> None:  # fmt: skip
         self._source = source
         self._graph = graph
         self._tensors = tensors
         self._pairs = pairs
+        self._base = base
         self._waiting = set(pairs)
         # Written name -> the name in the source, or the group that it is made of.
         self._untouched: dict[str, str] = {}
@@ -86,7 +90,7 @@ class MergedTensors:
         merged = self._tensors.read(group)
         for name in self._pairs.keys() & merged.keys():
             weight = merged[name]
-            merged[name] = (weight.float() + self._pairs[name].delta()).to(weight.dtype)
+            merged[name] = self._pairs[name].merged(self._base.weight(name, weight)).to(weight.dtype)
             self._waiting.discard(name)
         return merged
 

@@ -11,6 +11,7 @@ from fitune.atomic import new_folder
 from fitune.errors import DiskFullError, FituneError, InputError
 from fitune.export.adapter_delta import read_adapter
 from fitune.export.merged_tensors import MergedTensors
+from fitune.export.trained_beside import TrainedBase
 from fitune.export.verify import Comparison, compare_with_adapter
 from fitune.models.conversion import GraphTensors
 from fitune.models.folder import TOKENIZER_FILES
@@ -59,10 +60,12 @@ def merge_adapter(
 ) -> MergeReport:
     """Writes base + adapter as a Hugging Face checkpoint in the base's own dtype.
 
-    Each adapted weight is W + scaling * B @ A in float32, cast once. Names are those of the base's checkpoint;
-    what the adapter does not touch (experts of a mixture, the other towers of a multimodal model) is written as it
-    is. The folder is written beside `output`, loaded anew, compared with base + adapter through PEFT, and only then
-    takes its name: where anything fails, nothing is left and what stood at `output` before still stands.
+    Each adapted weight is W + scaling * B @ A in float32 (its rows as long as DoRA says, where the adapter is one),
+    cast once; W is the base's own, or what its 4 bits say where the adapter was begun to make up for them (loftq).
+    Names are those of the base's checkpoint; what the adapter does not touch (experts of a mixture, the
+    other towers of a multimodal model) is written as it is. The folder is written beside `output`, loaded anew,
+    compared with base + adapter through PEFT, and only then takes its name: where anything fails, nothing is left
+    and what stood at `output` before still stands.
 
     Args:
         progress: told the bytes done and the bytes in all.
@@ -81,7 +84,7 @@ def merge_adapter(
     tensors = GraphTensors(source, graph)
     tensors.check()
     pairs = read_adapter(adapter_folder, source, graph, allow_other_base)
-    merged = MergedTensors(source, graph, tensors, pairs)
+    merged = MergedTensors(source, graph, tensors, pairs, TrainedBase(adapter_folder, graph, tensors))
     weight_bytes = sum(plan.size_bytes for plan in merged.plans)
     _check_disk(output, weight_bytes)
     with new_folder(output, overwrite) as folder:

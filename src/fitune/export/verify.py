@@ -23,6 +23,7 @@ from transformers import (
 from fitune.adapters.outer_names import under_graph_names
 from fitune.errors import FituneError
 from fitune.export.adapter_delta import WEIGHTS
+from fitune.export.trained_beside import TrainedBase
 from fitune.models.build import build_dense
 from fitune.models.conversion import GraphTensors
 from fitune.models.folder import FolderSource
@@ -92,6 +93,7 @@ def compare_with_adapter(
     with under_graph_names(adapter, source.graph_module) as place:
         model = PeftModel.from_pretrained(base, str(place)).eval()
         _check_adapter(model, place / WEIGHTS)
+    _put_weights_beside(model, source, adapter)
     reference = _logits(model, prompts)
     peft_merged = model.merge_and_unload()
     _round_weights(peft_merged, source)
@@ -111,6 +113,19 @@ def compare_with_adapter(
         tokens=sum(map(len, prompts)),
         compute=str(compute).removeprefix("torch."),
     )
+
+
+@torch.no_grad()
+def _put_weights_beside(model: PeftModel, source: ModelSource, adapter: Path) -> None:
+    """Under the adapter, the weights that it was trained beside."""
+    graph = build_graph(source.config, source.config.dtype)
+    trained = TrainedBase(adapter, graph, GraphTensors(source, graph))
+    if trained.is_own:
+        return
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            own = module.get_base_layer().weight
+            own.copy_(trained.weight(f"{name.removeprefix('base_model.model.')}.weight", own))
 
 
 def _tokens(merged: Path, source: ModelSource, keeps_tokenizer: bool) -> list[list[int]]:

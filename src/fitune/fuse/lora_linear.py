@@ -14,14 +14,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from fitune.fuse.lora_product import SharedProduct
-from fitune.models.graph import is_plain_linear
 from fitune.quant.linear import QuantisedLinear
-
-# LoRA variants change the formula; PEFT's own layers handle them.
-_VARIANTS = (
-    "use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config",
-    "mica", "kasa_config", "lora_bias", "fan_in_fan_out", "use_qalora",
-)  # fmt: skip
 
 # (base, scaling) of each layer, and all A and B in order.
 Covered = tuple[list[tuple[nn.Linear, float]], list[Tensor | None]]
@@ -54,15 +47,6 @@ class FusedLoraLinear(PeftLinear):
         # Reshaped outside: callers may write into what they get, which autograd forbids for views made inside.
         flat: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), self.get_base_layer(), a, b, scaling)
         return flat.view(*x.shape[:-1], -1)
-
-
-def fused_lora_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """The factory for PEFT's custom-module hook: a FusedLoraLinear, or None for a variant it does not cover."""
-    if any(getattr(config, name, None) for name in _VARIANTS) or config.init_lora_weights is not True:
-        return None
-    if not is_plain_linear(target):
-        return None
-    return FusedLoraLinear(target, adapter_name, config=config, **kwargs)
 
 
 def covered(layer: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, float] | None:

@@ -34,6 +34,7 @@ class SharedProduct:
         backend: which kernels run.
         forms: of each layer, for products in integers; empty for floating point.
         peaks: is told of the inputs; None: nobody asks.
+        adds_bias: whether the layers' biases are part of y.
     """
 
     bases: tuple[nn.Linear, ...]
@@ -42,18 +43,20 @@ class SharedProduct:
     backend: str
     forms: tuple[Int8Form, ...] = ()
     peaks: ColumnPeaks | None = None
+    adds_bias: bool = True
 
     @classmethod
     def of(
-        cls, layers: Sequence[tuple[nn.Linear, float]], factors: Factors, dtype: torch.dtype, backend: str
-    ) -> SharedProduct:
+        cls, layers: Sequence[tuple[nn.Linear, float]], factors: Factors, dtype: torch.dtype, backend: str,
+        adds_bias: bool = True,
+    ) -> SharedProduct:  # fmt: skip
         """From (base, scaling) of each layer and its A and B in float32."""
         made: list[Tensor | None] = []
         for (_, scaling), a, b in zip(layers, factors[::2], factors[1::2], strict=True):
             made.append(None if a is None else a.detach().to(dtype))
             made.append(None if b is None else (b.detach() * scaling).to(dtype))
         bases, scalings = tuple(base for base, _ in layers), tuple(scaling for _, scaling in layers)
-        return cls(bases, scalings, made, backend, forms_of(bases), peaks_of(bases))
+        return cls(bases, scalings, made, backend, forms_of(bases), peaks_of(bases), adds_bias)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """x [M, K] -> of each layer y [M, N], and u = x A^T [M, R], which the backward pass wants."""
@@ -118,7 +121,7 @@ class SharedProduct:
                 frozen += [base.lease.acquire(base, dtype), None, None]
             else:
                 frozen += [base.weight.detach().to(dtype), None, None]
-            frozen.append(None if base.bias is None else base.bias.detach().to(dtype))
+            frozen.append(base.bias.detach().to(dtype) if self.adds_bias and base.bias is not None else None)
             offsets.append(offset)
         try:
             yield frozen, offsets

@@ -136,6 +136,9 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         rows, columns = _features(graph.get_submodule(name))
         trained[rank, columns] += 1
         trained[rows, rank] += 1
+        if run.lora.dora:
+            trained[rows,] += 1  # its magnitudes
+            frozen += 4 * rows  # and the squares of the weight's rows
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
     layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
     is_mapped = run.method == "qlora" and dtype != torch.float32  # wider ones are copies, and stay

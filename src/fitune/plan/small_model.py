@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fitune.adapters.lora import inject
 from fitune.config.schema import RunConfig
+from fitune.fuse.adapter_layers import unmeasured_lora_layer
 from fitune.fuse.int8_calibration import recode_unseen
-from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
 from fitune.models.graph import (
@@ -57,8 +57,8 @@ def small_model(
     if not full:
         adapted = inject(
             graph, head_name(graph), rank=run.lora.rank, alpha=run.lora.alpha, dropout=run.lora.dropout,
-            targets=run.lora.targets, rslora=run.lora.rslora, seed=0, base_name="", layer=fused_lora_layer,
-            rank_pattern=run.lora.rank_pattern, alpha_pattern=run.lora.alpha_pattern,
+            targets=run.lora.targets, rslora=run.lora.rslora, seed=0, base_name="", layer=unmeasured_lora_layer,
+            rank_pattern=run.lora.rank_pattern, alpha_pattern=run.lora.alpha_pattern, dora=run.lora.dora,
         )  # fmt: skip
     plain_attention = graph.config._attn_implementation
     model = prepare(graph, adapted, dtype, backend, proofs=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.quant.lease import DecodedAtUse, Lease
+from fitune.quant.mapped_pages import give_back, is_mapped, spans_of
 from fitune.quant.nf4 import NF4Weight
 from fitune.quant.parameter import QuantisedParameter
 
@@ -67,6 +68,14 @@ class _FrozenProduct(torch.autograd.Function):
         return product_transposed(grad_out, ctx.linear), None
 
 
+def product_alone(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x [..., in] -> x W^T [..., out] of a frozen layer, quantised or not, without its bias; differentiable in x."""
+    if isinstance(linear, QuantisedLinear):
+        y: Tensor = _FrozenProduct.apply(x, linear)
+        return y
+    return nn.functional.linear(x, linear.weight.detach().to(x.dtype))
+
+
 @contextmanager
 def held(linear: nn.Linear, dtype: torch.dtype) -> Iterator[Tensor]:
     """The dense weight [out, in] of a frozen layer, quantised or not; valid inside."""
@@ -78,6 +87,15 @@ def held(linear: nn.Linear, dtype: torch.dtype) -> Iterator[Tensor]:
         yield weight
     finally:
         linear.lease.release(linear)
+
+
+@contextmanager
+def held_once(linear: nn.Linear, dtype: torch.dtype) -> Iterator[Tensor]:
+    """As `held`, for one look at each weight of a model in turn: the pages of a mapped one are let go after it."""
+    with held(linear, dtype) as weight:
+        yield weight
+    tensors = linear.stored.own_tensors() if isinstance(linear, QuantisedLinear) else (linear.weight.data,)
+    give_back(spans_of(tensor for tensor in tensors if is_mapped(tensor)))
 
 
 def product(x: Tensor, linear: QuantisedLinear) -> Tensor:

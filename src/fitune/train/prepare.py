@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from fitune.adapters.loftq import make_up_for_four_bits
 from fitune.adapters.lora import inject, load_adapter
 from fitune.adapters.targets import left_without_adapter
 from fitune.config.schema import RunConfig
 from fitune.data.batch import Batch
+from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.int8_calibration import calibrate
-from fitune.fuse.lora_linear import fused_lora_layer
 from fitune.fuse.model import FusedModel, prepare
 from fitune.models.build import build_dense, build_quantised
 from fitune.models.graph import head_name
@@ -27,11 +28,12 @@ from fitune.train.run_folder import find_adapter
 
 def build_for_training(
     config: RunConfig, source: ModelSource, computation: Computation, progress: Progress | None = None,
-    calibration: Iterable[Batch] = (),
+    calibration: Iterable[Batch] = (), is_resumed: bool = False,
 ) -> FusedModel:  # fmt: skip
     """The model of a run with a fresh adapter (or all weights trainable), in training mode.
 
     `calibration`: the run's first batches, for a computation in int8; the same ones when the run is resumed.
+    `is_resumed`: the adapter's values will be a checkpoint's, so that no work is done for those that it begins with.
     """
     dtype, backend = computation.dtype, computation.backend
     adapted, left = None, {}
@@ -56,8 +58,11 @@ def build_for_training(
                 graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
                 targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
                 layer=fused_lora_layer, rank_pattern=config.lora.rank_pattern,
-                alpha_pattern=config.lora.alpha_pattern,
+                alpha_pattern=config.lora.alpha_pattern, dora=config.lora.dora,
             )  # fmt: skip
+            # Columns for int8 are chosen by what the model computes: resumed they must be the same.
+            if config.lora.initial == "loftq" and (computation.trains_in_int8 or not is_resumed):
+                make_up_for_four_bits(adapted, source, config.seed)
     resident = config.train.resident_layers
     stream = None if resident is None else stream_layers(graph, resident)
     model = prepare(graph, adapted, dtype, backend)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fitune.adapters.lora import adapter_digest, save_adapter
+from fitune.adapters.lora import FOUR_BITS, adapter_digest, belongs_to_four_bits, save_adapter
 from fitune.adapters.started_from import settings_of
 from fitune.atomic import write_text
 from fitune.config import dump
@@ -123,6 +123,12 @@ def prepare_run(
         raise InputError(
             f"{config.data.max_tokens} is more than the {limit} positions of {config.model}", where="data.max_tokens"
         )
+    if config.lora.initial == "loftq" and source.quantised_folder() is not None:
+        raise InputError(
+            f"{source.reference} is in these 4 bits already, so that loftq has nothing to make up for; leave it out, "
+            "or take the 16-bit model",
+            where="lora.initial",
+        )
     graph = build_graph(source.config, computation.dtype)
     config = _with_its_adapter(config, source, graph)
     if data is None:
@@ -166,6 +172,11 @@ def _with_its_adapter(config: RunConfig, source: ModelSource, graph: PreTrainedM
     if config.lora.start_from is None:
         return config
     folder = find_adapter(Path(config.lora.start_from))
+    if belongs_to_four_bits(folder) and config.method != "qlora":
+        raise InputError(
+            "this adapter makes up for the 4 bits of its base (lora.initial loftq); go on from it with method qlora",
+            where=folder,
+        )
     found = asdict(settings_of(folder, graph, head_name(graph), source.graph_module))
     given = {name: getattr(config.lora, name) for name in found}
     wrong = [
@@ -287,7 +298,7 @@ def train_run(
             folder.write_json(folder.plan_file, plan.as_dict())
         _check_disk(plan, folder, say)
         model = build_for_training(
-            config, prepared.source, prepared.computation, store_progress, prepared.rows.first_batches()
+            config, prepared.source, prepared.computation, store_progress, prepared.rows.first_batches(), resume
         )
         for part, reason in model.report.left.items():
             lacks = {"adapter": "no ", "int8": "not in "}.get(part.split(" ")[0], "not fused: ")
@@ -329,6 +340,8 @@ def train_run(
                 plan.budget_bytes, ranks,
             )  # fmt: skip
             base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
+            if _is_for_four_bits(config):
+                base["weights"] = FOUR_BITS
             digest = _save_result(model, prepared.source, base, folder) if ranks.is_first else ""
             seconds = time.perf_counter() - started
             summary = {
@@ -360,6 +373,12 @@ def _save_result(model: FusedModel, source: ModelSource, base: dict[str, str], f
         return save_weights(model, source, folder.weights)
     save_adapter(model.adapted, folder.adapter, base, source.outer_module)
     return adapter_digest(model.adapted)
+
+
+def _is_for_four_bits(config: RunConfig) -> bool:
+    """Whether the run's adapter makes up for the 4 bits of its base, by itself or by what it goes on from."""
+    start = config.lora.start_from
+    return config.lora.initial == "loftq" or (start is not None and belongs_to_four_bits(find_adapter(Path(start))))
 
 
 def _check_disk(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> None:

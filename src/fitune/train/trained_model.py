@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from fitune.adapters.lora import read_base
+from fitune.adapters.lora import belongs_to_four_bits, read_base
 from fitune.config.schema import RunConfig
 from fitune.errors import InputError
 from fitune.fuse.model import FusedModel
@@ -64,7 +64,7 @@ class TrainedModel:
 def find_trained(reference: str, four_bit: bool | None = None) -> TrainedModel:
     """A run folder, an adapter's folder, or whatever names a model -> what to ask. Raises InputError.
 
-    `four_bit`: load the base in NF4, or not (None: as the run trained it; else in 16 bits).
+    `four_bit`: load the base in NF4, or not (None: as the run trained it, or the adapter needs it; else in 16 bits).
     """
     path = Path(reference).expanduser()
     if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
@@ -73,6 +73,8 @@ def find_trained(reference: str, four_bit: bool | None = None) -> TrainedModel:
     computation = choose_computation(default_config(reference), detect(), for_training=False)
     if (path / "adapter_config.json").is_file():
         base = find_model(_base_of(path))
+        if four_bit is None and belongs_to_four_bits(path):
+            method = "qlora"
         return TrainedModel(reference, base, base, path, method, computation)
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(
