@@ -112,6 +112,7 @@ def test_a_run_that_memory_runs_short_for_saves_and_goes_on(
         ["train.optimizer=adamw8bit", "lora.rank=64"],
         ["train.optimizer=lion", "train.learning_rate=0.001", "train.weight_decay=0.1"],
         ["train.optimizer=adafactor"],
+        ["train.model_dropout=0.2", "train.recompute=layers", "data.pack=false"],
         ["method=lora"],
         ["method=full", "train.compute=bfloat16", "train.learning_rate=0.001"],
         ["method=full", "train.optimizer_states=disk", "train.recompute=layers", "train.learning_rate=0.001"],

@@ -323,6 +323,12 @@ class TrainSettings(Section):
         "of a row's tokens times the model's width; without it none",
         examples=[5.0],
     )
+    model_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="The model's own dropout, apart from the adapter's (lora.dropout): all that its configuration "
+        "has become so much; without it they stay as they are (most models have 0)",
+        examples=[0.05],
+    )
     optimizer: Literal["adamw", "adamw8bit", "lion", "adafactor"] = Field(
         default="adamw",
         description="Bytes of state to a trained weight: adamw 8; adamw8bit 2; lion 4, at a fifth of adamw's rate; "

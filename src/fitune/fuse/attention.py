@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fitune.errors import FituneError
 from fitune.kernels import contract
+from fitune.models.dropout import attention_dropout_of
 
 # One name for each backend: a transformers attention function is chosen by name, and is told no more.
 NAMES = {"native": "fitune_documents_native", "reference": "fitune_documents_reference"}
@@ -42,8 +43,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"there are layers of kinds {', '.join(sorted(kinds - _KINDS))}"
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
         return "there are layers with convolutions along the sequence"
-    if getattr(config, "attention_dropout", 0.0):
-        return "attention has dropout"
+    if attention_dropout_of(config):
+        return "attention has dropout (train.model_dropout: 0 turns it off)"
     return None
 
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
+from fitune.models.dropout import told
 from fitune.plan.anatomy import Anatomy, read_anatomy
 from fitune.plan.computation import Computation
 from fitune.plan.dry_run import PROBE_LAYERS, Shape, StepMemory, probe_bytes, step_memory, step_seconds
@@ -255,9 +256,11 @@ def make_plan(
     whole = None
     if seconds is not None and workload.tokens:
         whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)
+    origin = "model" if run.train.model_dropout is None else "you"
     settings = (
         *resolved_settings(run, workload, learning_rate, {choice.setting for choice in choices}),
         Item("trained", trained_share(anatomy), "", "derived"),
+        *((Item("model's dropout", dropout, "", origin),) if (dropout := told(config)) else ()),
         *_streaming(run, anatomy, choices),
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),

@@ -26,6 +26,7 @@ from fitune.fuse.attention import obstacle
 from fitune.fuse.model import FusedModel
 from fitune.fuse.replace import FusionReport
 from fitune.hardware import Hardware, detect, disk_free_bytes, lies_in_memory
+from fitune.models.dropout import set_dropout
 from fitune.models.find import find_model
 from fitune.models.graph import build_graph, head_name
 from fitune.models.source import ModelSource
@@ -117,6 +118,7 @@ def prepare_run(
     computation = choose_computation(config, hardware, ranks=ranks)
     computation.begin()
     source = find_model(config.model)
+    set_dropout(source.config, config.train.model_dropout)
     tokenizer = source.tokenizer()
     limit = getattr(source.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_tokens > limit:
