@@ -59,6 +59,7 @@ def _train(run: Path, overrides: list[str], resume: bool, force: bool, as_json: 
     from fitune.cli.plan_page import fits_sentence, print_plan
     from fitune.config.cautions import cautions
     from fitune.train.comparing import check_evaluation, compare_with_base
+    from fitune.train.data_cautions import data_cautions
     from fitune.train.progress_view import TrainingView
     from fitune.train.resuming import is_unfinished
     from fitune.train.run import default_folder, plan_run, prepare_run, resumed, train_run
@@ -72,7 +73,7 @@ def _train(run: Path, overrides: list[str], resume: bool, force: bool, as_json: 
         prepared = prepare_run(config, choose=not resume, watch=watch, ranks=ranks)
     config = prepared.config
     folder = RunFolder(Path(config.output or ranks.told(str(default_folder(config)))))
-    warnings = [*prepared.source.warnings(), *cautions(config)]
+    warnings = [*prepared.source.warnings(), *cautions(config), *data_cautions(config, prepared.data.train)]
     print_warnings(warnings)
     judged = config.evaluate.task != "none"
     samples = check_evaluation(config, prepared.source) if judged else []

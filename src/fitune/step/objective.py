@@ -224,9 +224,12 @@ class Measured:
     reward_margin: float | None
 
 
-def measure(model: FusedModel, batches: Iterable[Batch], objective: Objective) -> Measured:
-    """The objective's value, without gradients, as the model is now; NaN where there is nothing to measure."""
-    if objective.looks_ahead:
+def measure(model: FusedModel, batches: Iterable[Batch], objective: Objective, has_begun: bool = False) -> Measured:
+    """The objective's value, without gradients, as the model is now; NaN where there is nothing to measure.
+
+    `has_begun`: `objective` is that of a step already, of which `batches` are a part.
+    """
+    if objective.looks_ahead and not has_begun:
         batches = list(batches)
         objective = objective.begin(model, batches)
     terms: list[float] = []

@@ -65,10 +65,12 @@ def worst_samples(
     model.graph.eval()
     found = []
     with torch.random.fork_rng(devices=[]):
-        for sample in samples[:LOOKED_AT]:
-            batch = collate([[sample]], row_tokens, 0)
+        batches = [collate([[sample]], row_tokens, 0) for sample in samples[:LOOKED_AT]]
+        objective = objective.begin(model, batches)  # what a sample is held against is made of all of them
+        for sample, batch in zip(samples, batches, strict=False):
             if batch.trained_tokens:
-                found.append(SampleLoss(str(sample.origin), measure(model, [batch], objective).loss))
+                loss = measure(model, [batch], objective, has_begun=True).loss
+                found.append(SampleLoss(str(sample.origin), loss))
     model.graph.train(was_training)
     found.sort(key=lambda one: -one.loss if math.isfinite(one.loss) else -math.inf)
     return found[:SHOWN]
