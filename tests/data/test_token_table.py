@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.data import EncodedSample, Origin, token_table
+from fitune.data import EncodedSample, Origin, ahead, token_table
 from fitune.data.order import epoch_rows
 from fitune.data.split import groups_of, of_documents
 from fitune.data.token_table import Samples, TableWriter, TokenTable, packed
@@ -126,30 +127,52 @@ def test_another_table_in_the_same_place_is_read_afresh(tmp_path: Path) -> None:
     assert found[0][0].tokens == (1, 7)
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
-def test_an_epoch_asks_for_every_sample_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tables of two files: just the bytes that are read afterwards, each once, and all before the first read."""
-    samples = Samples([_on_disk(tmp_path / name, count) for name, count in (("one", 700), ("two", 1700))])
-    asked: list[tuple[str, int, int]] = []
-    read: list[tuple[str, int, int]] = []
+def test_an_epoch_of_samples_on_disk_is_that_of_samples_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tables of two files, held some hundreds at a time, read with what is between them, in far fewer reads."""
+    on_disk = Samples([_on_disk(tmp_path / name, count) for name, count in (("one", 700), ("two", 1700))])
+    places = np.random.default_rng(1).permutation(2400)[:2000]  # not all of them, and some twice
+    on_disk = on_disk.take(np.concatenate([places, places[:100]]))
+    in_memory = Samples.of([on_disk[number] for number in range(len(on_disk))])
+    expected = list(epoch_rows(in_memory, 64, 1, seed=3, epoch=0, pack=True))
+    read: list[int] = []
     pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: read.append(given[1]) or pread(*given))
+    for held, gap, largest in ((64 << 20, 1 << 18, 16 << 20), (40_000, 200, 1000), (1, 0, 1)):
+        monkeypatch.setattr(ahead, "HELD_BYTES", held)
+        monkeypatch.setattr(ahead, "GAP_BYTES", gap)
+        monkeypatch.setattr(ahead, "READ_BYTES", largest)
+        read.clear()
+        assert list(epoch_rows(on_disk, 64, 1, seed=3, epoch=0, pack=True)) == expected
+        if largest > 1000:
+            assert len(read) == 2
+        elif largest > 1:
+            assert 100 < len(read) < 1500
+            assert max(read) <= largest
 
-    def advise(descriptor: int, start: int, count: int, kind: int) -> None:
-        assert kind == os.POSIX_FADV_WILLNEED
-        assert len(read) <= len(asked)
-        asked.append((os.readlink(f"/proc/self/fd/{descriptor}"), start, count))
 
-    def reading(descriptor: int, count: int, start: int) -> bytes:
-        read.append((os.readlink(f"/proc/self/fd/{descriptor}"), start, count))
-        assert read[-1] in asked
-        return pread(descriptor, count, start)
-
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(os, "pread", reading)
-    rows = list(epoch_rows(samples, 64, 1, seed=3, epoch=0, pack=True))
-    assert sorted(number for row in rows for number in row.samples) == list(range(2400))
-    assert sorted(asked) == sorted(read)
-    assert len(set(asked)) == len(asked) == 3 * 2400
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.data())
+def test_samples_that_are_held_are_those_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("ahead")
+    writer = TableWriter(folder)
+    content = [EncodedSample(tuple(range(n, n + length)), (n % 2 == 0,) * length) for n, length in enumerate(lengths)]
+    writer.append(packed(content))
+    samples = Samples([TokenTable(_closed(writer, folder), None)])
+    order = np.array(data.draw(st.permutations(range(len(lengths)))))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(lengths)))) | {0, len(lengths)})
+    held = ahead.Ahead(samples, order)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "HELD_BYTES", data.draw(st.integers(1, 4000)))
+        patch.setattr(ahead, "GAP_BYTES", data.draw(st.integers(0, 400)))
+        patch.setattr(ahead, "READ_BYTES", data.draw(st.integers(1, 1000)))
+        for start, stop in pairwise(cuts):
+            found = held.taken(start, stop)
+            assert [(one.tokens, one.trained) for one in found] == [
+                (content[n].tokens, content[n].trained) for n in order[start:stop].tolist()
+            ]
 
 
 def _on_disk(folder: Path, count: int) -> TokenTable:

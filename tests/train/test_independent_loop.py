@@ -141,9 +141,9 @@ def test_fifty_steps_are_those_of_an_independent_loop(place: Path, method: str) 
     assert len(found) == len(expected) == STEPS
     assert expected[-1][0] < expected[0][0] - 0.5
     losses, norms = distances(found, expected)
-    assert max(losses) < 1e-4
-    assert max(norms) < 1e-3
+    assert max(losses) < 1e-5
+    assert max(norms) < 1e-4
     if method == "qlora":
         losses, norms = distances(ours(place, method, "bfloat16")[0], expected)
-        assert statistics.mean(losses) < 2e-3
+        assert statistics.mean(losses) < 3e-3
         assert statistics.mean(norms) < 1e-2

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fitune.data.ahead import Ahead
 from fitune.data.chance import shuffled
 from fitune.data.encoding import EncodedSample
 from fitune.data.packing import pack as packed
@@ -68,22 +69,22 @@ def epoch_rows(
         size = _window_size(len(order), int(lengths.sum(dtype=np.int64)), row_tokens)
     else:
         size = micro_batch * _SORTED_TOGETHER
+    ahead = Ahead(samples, order) if pack and isinstance(samples, Samples) and samples.are_on_disk else None
     for number, start in enumerate(range(0, len(order), size)):
         window = order[start : start + size]
-        if isinstance(samples, Samples):
-            samples.read_ahead(order[start if not number else start + size : start + 2 * size])
         chance = random.Random(f"window {number} of {words}")
         if pack:
-            yield from _packed_rows(window, samples, row_tokens, chance, share)
+            found = (
+                ahead.taken(start, start + len(window)) if ahead else [samples[place] for place in window.tolist()]
+            )
+            yield from _packed_rows(window.tolist(), found, row_tokens, chance, share)
         else:
             yield from _rows_by_length(window[np.argsort(lengths[window], kind="stable")], micro_batch, chance)
 
 
 def _packed_rows(
-    window: Places, samples: Sequence[EncodedSample], row_tokens: int, chance: random.Random, share: bool
+    numbers: list[int], found: Sequence[EncodedSample], row_tokens: int, chance: random.Random, share: bool
 ) -> list[Row]:
-    numbers = window.tolist()
-    found = [samples[number] for number in numbers]
     prefixes = find_prefixes(found) if share else Prefixes.none(len(found))
     blocks = _blocks([len(sample) for sample in found], row_tokens, prefixes)
     rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -66,6 +66,11 @@ def packed(samples: Sequence[EncodedSample], numbers: Sequence[int] | None = Non
     return {name: _shaped(np.asarray(values, dtype=COLUMNS[name][0]), name) for name, values in columns.items()}
 
 
+def tokens_and_mask(words: NDArray[np.uint32]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """A sample's tokens, and which of them are trained."""
+    return tuple((words & np.uint32(_TRAINED - 1)).tolist()), tuple((words >= np.uint32(_TRAINED)).tolist())
+
+
 def _key(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
     """The same for two samples exactly if they have the same tokens and the same mask (BLAKE2b, 128 bits)."""
     return np.frombuffer(hashlib.blake2b(words.astype("<u4").tobytes(), digest_size=16).digest(), dtype="<u8")
@@ -86,6 +91,7 @@ class TokenTable:
 
     Attributes:
         length, trained: of every sample how many tokens it has, and how many of them are trained; [samples] uint32.
+        start: of every sample how many tokens lie before it, and at last how many there are; [samples + 1] int64.
     """
 
     def __init__(self, columns: Columns | Path, path: str | None, unit: str = "line") -> None:
@@ -97,19 +103,19 @@ class TokenTable:
         self._inode = 0 if self._folder is None else self._folder.stat().st_ino
         self.length = self._whole("length").astype(np.uint32)
         self.trained = self._whole("trained").astype(np.uint32)
-        self._start = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
+        self.start = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
 
     def __len__(self) -> int:
         return len(self.length)
 
     def __getitem__(self, index: int) -> EncodedSample:
-        words = self._read("tokens", int(self._start[index]), int(self.length[index])).astype(np.uint32)
+        tokens, trained = tokens_and_mask(self.words(int(self.start[index]), int(self.length[index])))
         line = int(self._read("line", index, 1)[0])
         marks = self._read("marks", index, 1)[0].tolist()
         without_end, control, lost, is_cut, lost_end, worse_from, fork, label = marks
         return EncodedSample(
-            tuple((words & np.uint32(_TRAINED - 1)).tolist()),
-            tuple((words >= np.uint32(_TRAINED)).tolist()),
+            tokens,
+            trained,
             None if self._path is None else Origin(self._path, line, self._unit),
             without_end,
             control,
@@ -120,6 +126,11 @@ class TokenTable:
             fork,
             label == 2 if label else None,
         )
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether samples are read when they are asked for."""
+        return self._folder is not None
 
     def numbers(self) -> NDArray[Any]:
         """Which sample of its file each is, or is a part of, from 0; [samples] uint64."""
@@ -143,19 +154,9 @@ class TokenTable:
             return None
         return Origin(self._path, int(self._read("line", index, 1)[0]), self._unit)
 
-    def read_ahead(self, places: Iterable[int]) -> None:
-        """Samples that will be asked for soon: a disk reads many places at once in little more time than one."""
-        if self._folder is None or not hasattr(os, "posix_fadvise"):  # macOS has none
-            return
-        for place in places:
-            self._advise("tokens", int(self._start[place]), int(self.length[place]))
-            self._advise("line", place, 1)
-            self._advise("marks", place, 1)
-
-    def _advise(self, name: str, start: int, count: int) -> None:
-        size = _bytes_each(name)
-        descriptor = self._open(name).descriptor
-        os.posix_fadvise(descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
+    def words(self, start: int, count: int) -> NDArray[np.uint32]:
+        """So many tokens from `start` on, counted over all samples, with their mask: for `tokens_and_mask`."""
+        return self._read("tokens", start, count).astype(np.uint32, copy=False)
 
     def _open(self, name: str) -> _OpenFile:
         assert self._folder is not None
@@ -279,12 +280,20 @@ class Samples(Sequence[EncodedSample]):
         """Those at `places`, in that order."""
         return Samples(self.tables, self.chosen[places])
 
-    def read_ahead(self, indices: NDArray[Any]) -> None:
-        """The samples at `indices` will be asked for soon: those on disk begin to be read, all at once."""
-        places = np.sort(self.chosen[indices]).astype(np.int64)
-        ends = np.searchsorted(places, self._bounds)
+    def by_table(self, indices: Places) -> Iterator[tuple[TokenTable, Places, Places]]:
+        """The samples at `indices`, table by table: the table, their places in it, ascending, and which each is."""
+        chosen = self.chosen[indices].astype(np.int64)
+        order = np.argsort(chosen, kind="stable")
+        ends = np.searchsorted(chosen[order], self._bounds)
         for table, bound, start, end in zip(self.tables, self._bounds, ends, ends[1:], strict=False):
-            table.read_ahead((places[start:end] - bound).tolist())
+            if start < end:
+                which = order[start:end]
+                yield table, chosen[which] - bound, which
+
+    @property
+    def are_on_disk(self) -> bool:
+        """Whether any of them are read when they are asked for."""
+        return any(table.is_on_disk for table in self.tables)
 
     def origin(self, index: int) -> Origin | None:
         """Where a sample comes from."""
