@@ -66,7 +66,7 @@ def test_a_model_with_another_activation_still_trains_and_the_report_says_why() 
 
 def test_attention_that_is_not_covered_is_left_and_the_report_says_why() -> None:
     model, _ = adapted(model_of("llama", attention_dropout=0.1))
-    assert model.report.left["attention"] == "attention has dropout"
+    assert model.report.left["attention"] == "attention has dropout (train.model_dropout: 0 turns it off)"
     assert not model.report.packs
     assert model.logprobs(collate([random_samples([9])], 512, 0))[0].isfinite().all()
 

@@ -49,6 +49,11 @@ def test_full_may_keep_its_states_in_eight_bits_and_is_never_streamed() -> None:
     assert {variant.run.train.optimizer for variant in variants(run_of("qlora"), ROW_TOKENS)} == {"adamw"}
 
 
+def test_what_cannot_lie_on_disk_stays_in_memory() -> None:
+    found = variants(run_of("full", micro_batch=1, optimizer="adafactor"), ROW_TOKENS)
+    assert {(v.run.train.optimizer, v.run.train.optimizer_states) for v in found} == {("adafactor", "memory")}
+
+
 def test_long_rows_are_split_before_they_are_computed_again() -> None:
     found = variants(run_of("qlora"), 2048)
     split = next(v for v in found if v.run.train.micro_batch == 1 and v.run.train.recompute == "none")

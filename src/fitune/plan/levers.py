@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fitune.config.schema import RunConfig
+from fitune.step.fresh_states import ELEMENT_WISE
 
 # Time of a token against 4,096 and more of them at once (docs/results.md, "What a step costs").
 _TOKEN_TIMES = ((256, 1.7), (512, 1.4), (1024, 1.09), (2048, 1.05), (4096, 1.0))
@@ -95,7 +96,7 @@ def _optimizers(run: RunConfig, method: str, given: frozenset[str]) -> tuple[str
 
 
 def _states(run: RunConfig, method: str, given: frozenset[str]) -> tuple[str, ...]:
-    is_fixed = method != "full" or "train.optimizer_states" in given
+    is_fixed = method != "full" or "train.optimizer_states" in given or run.train.optimizer not in ELEMENT_WISE
     return _either(run.train.optimizer_states, ("memory", "disk"), is_fixed)
 
 
