@@ -153,6 +153,13 @@ def test_where_the_states_lie_changes_nothing(place: Path, optimizer: str) -> No
     assert {path.name for path in other.folder.path.iterdir()} == {path.name for path in whole.folder.path.iterdir()}
 
 
+def test_validation_samples_may_be_longer_than_all_of_training(place: Path) -> None:
+    write_questions(place / "longer.jsonl", 3, first=10**40)
+    validation = f"data.validation={place / 'longer.jsonl'}"
+    outcome = run(config_of(place, "data.pack=false", validation, "train.steps=1"), place / "longer")
+    assert len(outcome.validation) == 1
+
+
 def test_a_disk_too_small_for_the_states_is_told_before_the_model_is_built(place: Path) -> None:
     prepared = prepare_run(config_of(place, "method=full", "train.optimizer_states=disk"))
     plan = plan_run(prepared, with_time=False)

@@ -19,6 +19,7 @@ from fitune.fuse.head import PLAIN_LOGITS, LogitForm, token_logprobs
 from fitune.fuse.narrow_copies import narrow_copies
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
+from fitune.models.dropout import drops
 from fitune.models.graph import recompute_layers
 from fitune.process_memory import give_back_free_memory
 from fitune.quant.stream import LayerStream
@@ -124,6 +125,8 @@ def _find_logit_form(model: FusedModel) -> str | None:
     head = graph.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not hasattr(graph, "get_decoder"):
         return "the output head is not a linear layer"
+    if drops(graph, apart_from=graph.get_decoder()):
+        return "there is dropout before it"
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(head.weight.shape[0], (1, PROOF_TOKENS), generator=generator)
     was_training = graph.training

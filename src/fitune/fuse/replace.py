@@ -22,6 +22,7 @@ from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.norm import fused_norm_candidates
 from fitune.fuse.prove import TOLERANCE, prove, with_trained_adapter
 from fitune.fuse.replace_layers import LayerCalls, layer_calls, replace_layers, undo_layers
+from fitune.models.dropout import drops
 
 # Two documents in a row, each longer than the windows and chunks of tiny models are.
 PROOF_TOKENS = (24, 17)
@@ -113,6 +114,9 @@ def _replace(
     for name, module in list(root.named_modules()):
         options = candidates(module)
         if not options:
+            continue
+        if drops(module):
+            report.left[f"{part} ({type(module).__name__})"] = "it has dropout"
             continue
         signature = _signature(module)
         if signature not in proven:

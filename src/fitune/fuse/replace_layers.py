@@ -16,6 +16,7 @@ from fitune.fuse.attention_part import attention_forms
 from fitune.fuse.decoder_layer import FusedLayer, Positions, fused_layer_candidates
 from fitune.fuse.lora_linear import covered_all
 from fitune.fuse.prove import prove, with_trained_adapter
+from fitune.models.dropout import drops
 from fitune.quant.parameter import QuantisedParameter
 
 
@@ -57,6 +58,9 @@ def replace_layers(
         kind = type(layer).__name__
         if not candidates:
             _note(left, kind, "its parts are not an attention and a gated MLP between RMSNorms, all replaced")
+            continue
+        if drops(layer):
+            _note(left, kind, "it has dropout")
             continue
         if covered_all(candidates[0].linears) is None:
             _note(

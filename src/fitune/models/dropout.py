@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from fitune.errors import InputError
@@ -46,3 +47,19 @@ def set_dropout(config: PretrainedConfig, rate: float | None) -> None:
 def told(config: PretrainedConfig) -> str:
     """`attn_pdrop 0.1, embd_pdrop 0.1`, those that are not zero; empty where all are."""
     return ", ".join(f"{name} {rate:g}" for name, rate in dropout_of(config).items() if rate)
+
+
+def drops(module: nn.Module, apart_from: nn.Module | None = None) -> bool:
+    """Whether a module, or one within it, drops any of its own numbers in training; an adapter's do not count.
+
+    `apart_from`: a module within it that is not looked at.
+    """
+    left_out = set() if apart_from is None else set(apart_from.modules())
+    for name, inner in module.named_modules():
+        if inner in left_out or "lora_dropout" in name:
+            continue
+        if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0:
+            return True
+        if any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(inner).items()):
+            return True
+    return False

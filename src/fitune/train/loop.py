@@ -23,6 +23,7 @@ from fitune.data.collation import collate
 from fitune.data.encoded_file import Watch
 from fitune.data.encoding import EncodedSample
 from fitune.data.order import Row, epoch_rows
+from fitune.data.token_table import lengths_of
 from fitune.errors import DiskFullError, FituneError, Interrupted, MemoryShortError
 from fitune.fuse.model import FusedModel
 from fitune.kernels.rooms import rooms
@@ -124,8 +125,12 @@ class Rows:
     _counts: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, samples: Sequence[EncodedSample]) -> Rows:
-        """Other samples, in rows of the same kind, one micro-batch to a step and nothing shared."""
-        return replace(self, samples=samples, accumulation=1, share=False, watch=None, _counts={})
+        """Other samples, in rows of the same kind, one micro-batch to a step and nothing shared.
+
+        Rows are as long as the samples that they were made for need; these may be longer.
+        """
+        longest = max(self.row_tokens, int(lengths_of(samples).max(initial=0)))
+        return replace(self, row_tokens=longest, samples=samples, accumulation=1, share=False, watch=None, _counts={})
 
     def epoch(self, number: int) -> Iterator[list[Row]]:
         """The steps of an epoch, each so many rows; the last may be smaller."""
