@@ -22,7 +22,7 @@ from fitune.models.baichuan import CHAT_TEMPLATE as BAICHUAN
 from fitune.models.chatglm import CHAT_TEMPLATE as CHATGLM
 from fitune.models.gguf_header import read_header
 from fitune.models.gguf_tokenizer import build_tokenizer
-from fitune.models.sentencepiece_tokenizer import SentencePieceVocabulary
+from fitune.models.sentencepiece_tokenizer import USER_DEFINED, SentencePieceVocabulary
 from fitune.models.tiktoken_tokenizer import TiktokenVocabulary
 
 # Mistral Nemo's, without the blanks of the earlier ones (mistral-common, `InstructTokenizerV3` over Tekken).
@@ -60,7 +60,10 @@ def sentencepiece(name: str) -> Callable[[Path], Any]:
     def make(data: Path) -> Any:
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = SentencePieceVocabulary(mistral_file(name)).tokenizer(begin=["<s>"])
+        vocabulary = SentencePieceVocabulary(mistral_file(name))
+        # As the tokenizer.json of Mistral-7B-Instruct-v0.3 has them.
+        symbols = [piece for piece, _, type_ in vocabulary.pieces if type_ == USER_DEFINED]
+        tokenizer = vocabulary.tokenizer(symbols, begin=["<s>"])
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
     return make
@@ -99,6 +102,12 @@ REAL = {
     "mistral-v1": Real(sentencepiece("tokenizer.model.v1"), "</s>", MISTRAL),
     "mistral-v2": Real(
         sentencepiece("mistral_instruct_tokenizer_240216.model.v2"), "</s>", MISTRAL, ("[INST]", "[/INST]")
+    ),
+    "mistral-v3": Real(
+        sentencepiece("mistral_instruct_tokenizer_240323.model.v3"), "</s>", MISTRAL, ("[INST]", "[/INST]")
+    ),
+    "mistral-v7": Real(
+        sentencepiece("mistral_instruct_tokenizer_241114.model.v7"), "</s>", MISTRAL, ("[INST]", "[/INST]")
     ),
     "mistral-tekken": Real(tekken, "</s>", MISTRAL_TEKKEN, keeps_blanks=True),
 }

@@ -131,6 +131,17 @@ def test_special_tokens_follow_the_vocabulary(tmp_path: Path) -> None:
     assert pair.ids == [size, size + 1, *library.encode("x"), 2, size, size + 1, *library.encode("y"), 2]
 
 
+def test_user_defined_symbols_can_be_special(tmp_path: Path) -> None:
+    path = train_vocabulary(tmp_path, symbols=["<tool>"])
+    library = SentencePieceProcessor(model_file=str(path))
+    tokenizer = SentencePieceVocabulary(path).tokenizer(["<tool>"])
+    symbol = library.piece_to_id("<tool>")
+    assert tokenizer.encode("call x").ids == library.encode("call x")
+    assert tokenizer.encode("x<tool>y").ids == [*library.encode("x"), symbol, *library.encode("y")]
+    tokenizer.encode_special_tokens = True
+    assert symbol not in tokenizer.encode("x<tool>y").ids
+
+
 def altered(path: Path, change: Any) -> Path:
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(path.read_bytes())

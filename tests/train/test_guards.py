@@ -19,7 +19,7 @@ from fitune.errors import FituneError, InputError, Interrupted
 from fitune.step.objective import Measured
 from fitune.train import loop
 from fitune.train.best_weights import best_step
-from fitune.train.checkpoint import list_checkpoints
+from fitune.train.checkpoint import _state_digest, list_checkpoints
 from fitune.train.early_stopping import EarlyStopping
 from fitune.train.loss_spikes import LEAST, SpikeWatch
 from fitune.train.stall_watch import StallWatch
@@ -336,6 +336,33 @@ def test_what_changed_is_shown_and_refused_unless_told(place: Path, tmp_path: Pa
     assert any("train.learning_rate was 0.01 and is 0.02; going on all the same" in line for line in said)
     # A value that changes no bit may change without a word.
     assert run(config_of(place, "train.keep_checkpoints=5"), tmp_path / "free").digest
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_run_of_a_version_with_fewer_settings_goes_on(place: Path, tmp_path: Path, edited: bool) -> None:
+    with pytest.raises(Interrupted):
+        run(config_of(place), tmp_path / "run", watch=stop_after(3))
+    made_by_an_older_version(tmp_path / "run", "neftune_alpha", "trackers")
+    said: list[str] = []
+    if edited:
+        with pytest.raises(InputError, match=r"train\.neftune_alpha was None and is 5\.0"):
+            run(config_of(place, "train.neftune_alpha=5"), tmp_path / "run", resume=True)
+    done = run(config_of(place), tmp_path / "run", resume=True, say=said.append)
+    assert any("a version without train.neftune_alpha, train.trackers" in line for line in said)
+    assert done.digest == run(config_of(place), tmp_path / "whole").digest
+
+
+def made_by_an_older_version(folder: Path, *unknown: str) -> None:
+    """Its settings without those fields, and checkpoints whose digests are of such settings."""
+    path = folder / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if line.strip().split(":")[0] not in unknown))
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["state_sha256"]
+        state["identity"]["config"] = "of fewer settings"
+        text = json.dumps({**state, "state_sha256": _state_digest(state)})
+        (checkpoint / "state.json").write_text(text)
 
 
 def test_another_shape_is_refused_even_then(place: Path, tmp_path: Path) -> None:

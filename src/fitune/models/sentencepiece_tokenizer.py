@@ -62,13 +62,6 @@ class SentencePieceVocabulary:
         lost = [piece for piece, _, type_ in self.pieces if type_ == NORMAL and not parts.issuperset(piece)]
         if lost:
             problems.append(f"{len(lost)} pieces hold a character that is no piece (first: {lost[0]!r})")
-        if self.has_prefix:
-            inner = [symbol for symbol in self._symbols if symbol.strip(BLANK)]
-            if inner:
-                problems.append(
-                    f"{len(inner)} user-defined symbols (first: {inner[0]!r}) in a model that sets a blank before "
-                    "every text, which is not read"
-                )
         mixed = [symbol for symbol in self._symbols if BLANK in symbol and symbol.strip(BLANK)]
         if mixed:
             problems.append(f"the user-defined symbol {mixed[0]!r} has a blank beside other characters")
@@ -79,9 +72,12 @@ class SentencePieceVocabulary:
 
         Args:
             special: special tokens that have no piece of their own follow the vocabulary; those that have one
-                are marked special. Control pieces are special always.
+                are marked special, user-defined symbols too. Control pieces are special always.
             begin: tokens set before every text.
             end: tokens set after every text.
+
+        Raises InputError where a user-defined symbol that is not special stands in a model that sets a blank before
+        every text: whether one comes before the symbol depends there on what stands around it.
         """
         unknown = next((piece for piece, _, type_ in self.pieces if type_ == UNKNOWN), None)
         made = Tokenizer(
@@ -101,6 +97,12 @@ class SentencePieceVocabulary:
         made.decoder = decoders.Sequence([*undo, *([decoders.Strip(" ", 1, 0)] if self.has_prefix else [])])
         self._check_blanks(made, blanks)
         plain = [symbol for symbol in self._symbols if symbol.strip(BLANK) and symbol not in special]
+        if self.has_prefix and plain:
+            raise InputError(
+                f"{len(plain)} user-defined symbols (first: {plain[0]!r}) in a model that sets a blank before every "
+                "text, which is read only where they are special tokens",
+                where=self.path,
+            )
         made.add_tokens([AddedToken(symbol, normalized=False, special=False) for symbol in plain])
         controls = [piece for piece, _, type_ in self.pieces if type_ in (UNKNOWN, CONTROL)]
         controls += [token for token in special if token not in controls]

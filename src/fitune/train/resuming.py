@@ -102,7 +102,9 @@ def resume_point(
     told = [
         sentence
         for name in changed
-        for sentence in (_settings_changed(folder, config) if name == "config" else [_told(name, before, identity)])
+        for sentence in (
+            _settings_changed(folder, config, say) if name == "config" else [_told(name, before, identity)]
+        )
     ]
     if told and not force:
         asked = (
@@ -123,20 +125,29 @@ def _told(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return f"the {name} changed: {'it was not noted' if was is None else f'it was {was}'}, and is {now[name]}"
 
 
-def _settings_changed(folder: RunFolder, config: RunConfig) -> list[str]:
-    """Each setting that is not what it was, with both values."""
+def _settings_changed(folder: RunFolder, config: RunConfig, say: Callable[[str], None]) -> list[str]:
+    """Each setting that is not what it was, with both values.
+
+    Settings that the version which began the run did not know had their defaults then; that is said.
+    """
     try:
-        before = flat(yaml.safe_load(folder.config_file.read_text(encoding="utf-8")))
+        written = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
+        before = flat(yaml.safe_load(dump(RunConfig.model_validate(written))))
         now = flat(yaml.safe_load(dump(config)))
+        new = [name for name in before if name not in flat(written)]
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return ["the settings changed"]
     free = {"output", "memory", *(f"train.{name}" for name in _free(config))}
     names = [*now, *(name for name in before if name not in now)]
-    return [
+    changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in names
         if name not in free and before.get(name) != now.get(name)
-    ] or ["the settings changed"]
+    ]
+    if new and not changed:
+        say(f"the run was begun by a version without {', '.join(new)}, which change nothing as they are")
+        return []
+    return changed or ["the settings changed"]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
