@@ -50,6 +50,15 @@ def test_gated_mlps(family: str, activation: str, width: float) -> None:
     assert not prove(mlp, swapped, 64, torch.float32).holds
 
 
+def test_inputs_that_overflow_the_original_in_float16_say_nothing() -> None:
+    mlp = part("llama", "mlp", initializer_range=1.0)
+    wide, narrow = (mlp.to(dtype)(30 * torch.ones(1, 1, 64, dtype=dtype)) for dtype in (torch.float32, torch.float16))
+    assert wide.isfinite().all()
+    assert not narrow.isfinite().all()
+    assert prove(mlp, FusedGatedMLP(mlp, "silu", BACKEND), 64, torch.float16).holds
+    assert not prove(mlp, FusedGatedMLP(mlp, "gelu_tanh", BACKEND), 64, torch.float16).holds
+
+
 @pytest.mark.parametrize("width", [0.02, 0.1])
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "relu"])
 def test_other_activations_are_left_alone(activation: str, width: float) -> None:

@@ -77,10 +77,11 @@ def test_weights_are_held_as_a_gpu_holds_them() -> None:
 
 def test_the_number_format_is_the_cards() -> None:
     old = find_machine("t4", None, 1)
-    wide, narrow = planned(run_of("lora"), old), planned(run_of("lora", compute="bfloat16"), old)
+    chosen, wide, narrow = (planned(run_of("lora", compute=asked), old) for asked in ("auto", "float32", "bfloat16"))
     assert items(wide)["frozen weights"] == pytest.approx(2 * items(narrow)["frozen weights"], rel=0.01)
-    reasons = {item.name: item.value for item in narrow.settings}
-    assert "no units for it" in str(reasons["computation"])
+    assert items(chosen)["frozen weights"] == items(narrow)["frozen weights"]
+    for plan, words in ((chosen, "float16 with a scaled loss (a t4 has no bfloat16)"), (narrow, "no units for it")):
+        assert words in str({item.name: item.value for item in plan.settings}["computation"])
     with pytest.raises(InputError, match="int8 is for processors with VNNI"):
         planned(run_of("qlora", compute="int8"))
 

@@ -118,6 +118,8 @@ def test_a_run_that_memory_runs_short_for_saves_and_goes_on(
         ["method=full", "train.optimizer_states=disk", "train.recompute=layers", "train.learning_rate=0.001"],
         ["method=full", "train.optimizer_states=disk", "train.optimizer=adamw8bit", "train.learning_rate=0.001"],
         ["train.compute=int8", "train.recompute=layers"],
+        ["train.compute=float16", "lora.dropout=0.2"],
+        ["method=full", "train.compute=float16", "train.optimizer_states=disk", "train.learning_rate=0.001"],
     ],
 )
 def test_what_else_has_a_state_goes_on_too(place: Path, overrides: list[str]) -> None:

@@ -349,10 +349,11 @@ class TrainSettings(Section):
         "disk a layer ahead of their use; without it all of them stay",
         examples=[8],
     )
-    compute: Literal["auto", "bfloat16", "float32", "int8"] = Field(
+    compute: Literal["auto", "bfloat16", "float16", "float32", "int8"] = Field(
         default="auto",
-        description="Number format of the products; auto: bfloat16 where the machine computes with it; int8: frozen "
-        "weights in 8-bit integers while training (quicker, less exact), all else as bfloat16",
+        description="Number format of the products; auto: bfloat16 where the machine computes with it; float16: with "
+        "a scaled loss, for what computes it and not bfloat16; int8: frozen weights in 8-bit integers while training "
+        "(quicker, less exact), all else as bfloat16",
     )
     validate_every_steps: Count | None = Field(
         default=None,

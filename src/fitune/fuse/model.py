@@ -16,6 +16,7 @@ from fitune.errors import FituneError
 from fitune.fuse.attention import documents_given
 from fitune.fuse.decoder_layer import FusedLayer
 from fitune.fuse.head import PLAIN_LOGITS, LogitForm, token_logprobs
+from fitune.fuse.loss_scale import LossScale
 from fitune.fuse.narrow_copies import narrow_copies
 from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
@@ -38,6 +39,7 @@ class FusedModel:
         backend: which kernels run.
         report: what was replaced, what was left and why.
         logit_form: what the model makes of its head's products.
+        loss_scale: of training in float16; None: in formats with float32's range.
         stream: brings the frozen weights of layers that do not stay in memory; None: all of them stay.
     """
 
@@ -48,6 +50,7 @@ class FusedModel:
     report: FusionReport
     logit_form: LogitForm = PLAIN_LOGITS
     stream: LayerStream | None = None
+    loss_scale: LossScale | None = None
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -110,7 +113,8 @@ def prepare(
 ) -> FusedModel:
     """Fuses what it can of `graph` and proves it. `proofs=False` is for dry runs."""
     report = fuse(graph, dtype, backend, proofs)
-    model = FusedModel(graph, adapted, dtype, backend, report)
+    scale = LossScale() if dtype == torch.float16 else None
+    model = FusedModel(graph, adapted, dtype, backend, report, loss_scale=scale)
     reason = _find_logit_form(model) if proofs else None
     if reason is None:
         report.replaced["head"] = 1

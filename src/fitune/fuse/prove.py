@@ -6,6 +6,7 @@ may be at most twice as far from float32 as the original is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def prove(
             worst = max(worst, distance)
             if not distance <= TOLERANCE:
                 return Verdict(False, f"differs by {distance:.1e} in float32")
-            allowed = 2 * _distance(narrow[0][number], expected) + TOLERANCE
+            own = _distance(narrow[0][number], expected)
+            if not math.isfinite(own) and scale != INPUT_SCALES[0]:
+                continue  # the original overflows with such inputs (float16): there is nothing to compare with
+            allowed = 2 * own + TOLERANCE
             if not _distance(narrow[1][number], expected) <= allowed:
                 return Verdict(False, f"more than twice the original's own error in {dtype}")
     return Verdict(True, f"agrees within {worst:.1e} in float32")

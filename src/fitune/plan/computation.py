@@ -54,7 +54,7 @@ def choose_computation(
     has_bfloat16 = bool(BFLOAT16_SETS & hardware.instruction_sets)
     asked = config.train.compute if for_training or config.train.compute != "int8" else "auto"
     narrow = asked in ("bfloat16", "int8") or (asked == "auto" and has_bfloat16)
-    dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = torch.float16 if asked == "float16" else torch.bfloat16 if narrow else torch.float32
     state = native.status()
     if config.train.backend == "native" and not state.available:
         raise InputError(f"the native kernels cannot run here: {state.reason}", where="train.backend")

@@ -145,11 +145,13 @@ def gpu_dtype(run: RunConfig, machine: Machine) -> tuple[torch.dtype, str]:
     asked = run.train.compute
     if asked == "int8":
         raise InputError(
-            "int8 is for processors with VNNI; a GPU computes auto, bfloat16 or float32", "train.compute"
+            "int8 is for processors with VNNI; a GPU computes auto, bfloat16, float16 or float32", "train.compute"
         )
-    if asked == "float32" or (asked == "auto" and not machine.computes_bfloat16):
-        why = "asked for" if asked == "float32" else f"a {machine.name} has no bfloat16"
-        return torch.float32, f"float32 ({why}), kernels of a GPU"
+    if asked == "float32":
+        return torch.float32, "float32 (asked for), kernels of a GPU"
+    if asked == "float16" or (asked == "auto" and not machine.computes_bfloat16):
+        why = "asked for" if asked == "float16" else f"a {machine.name} has no bfloat16"
+        return torch.float16, f"float16 with a scaled loss ({why}), kernels of a GPU"
     why = "the GPU computes it" if asked == "auto" else "asked for"
     slow = "" if machine.computes_bfloat16 else "; this GPU has no units for it: slow"
     return torch.bfloat16, f"bfloat16 ({why}{slow}), kernels of a GPU"

@@ -60,7 +60,8 @@ def update(
 
     The loss is one sum over all tokens (or pairs) divided by their total weight, so the update does not depend on how
     the step was split into micro-batches. `max_grad_norm` 0 does not clip. Of several `ranks` all are given all
-    micro-batches; each computes its share, and all make the same change.
+    micro-batches; each computes its share, and all make the same change. Where gradients in float16 overflow, the
+    model's loss scale falls and the same step is computed again.
 
     Raises NonFiniteError before any weight is changed.
     """
@@ -69,29 +70,27 @@ def update(
         raise FituneError("a step without a single trained token, pair or judged answer")
     gradients = gradients_of(optimizer)
     objective = objective.begin(model, batches)
-    loss = right = margin = judged = 0.0
-    for batch in batches[ranks.share(batches)]:
-        if not batch.trained_tokens:
-            continue
-        reference = reference_of(model, batch, objective)
-        with a_pass():
-            logprobs, weights = model.logprobs(batch)
-            found = objective.sums(logprobs, weights, batch, reference)
-            terms = [term / total for term, total in zip(found.terms, totals, strict=True)]
-            part = sum(terms[1:], terms[0])
-            part.backward()
-            loss += float(part.detach())
-            judged, right, margin = judged + found.judged, right + found.right, margin + found.margin
-            del logprobs, found, terms, part
-    ranks.add_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
-    loss, judged, right, margin = ranks.sums([loss, judged, right, margin])
-    norm = gradients.norm()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    scaled = model.loss_scale
+    randoms = None if scaled is None else torch.get_rng_state()
+    while True:
+        scale = 1.0 if scaled is None else scaled.value
+        loss, judged, right, margin = _gradients(model, batches, objective, totals, scale, ranks)
+        ranks.add_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+        loss, judged, right, margin = ranks.sums([loss, judged, right, margin])
+        norm = gradients.norm() / scale
+        if math.isfinite(loss) and math.isfinite(norm):
+            break
         wrong = gradients.first_non_finite()
         gradients.clear()
-        raise NonFiniteError(loss, norm, wrong)
-    if max_grad_norm and norm > max_grad_norm:
-        gradients.scale(max_grad_norm / norm)
+        if not math.isfinite(loss) or scaled is None or not scaled.fall():
+            raise NonFiniteError(loss, norm, wrong)
+        if randoms is not None:
+            torch.set_rng_state(randoms)
+    factor = (max_grad_norm / norm if max_grad_norm and norm > max_grad_norm else 1.0) / scale
+    if factor != 1.0:
+        gradients.scale(factor)
+    if scaled is not None:
+        scaled.note_step()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("rate_ratio", 1.0)
     optimizer.step()
@@ -104,3 +103,25 @@ def update(
         right / judged if judged else None,
         margin / judged if judged else None,
     )
+
+
+def _gradients(
+    model: FusedModel, batches: Sequence[Batch], objective: Objective, totals: Sequence[float], scale: float,
+    ranks: Ranks,
+) -> list[float]:  # fmt: skip
+    """Adds this share of the gradients, times `scale`; its loss, and what was judged, judged rightly, by how much."""
+    loss = right = margin = judged = 0.0
+    for batch in batches[ranks.share(batches)]:
+        if not batch.trained_tokens:
+            continue
+        reference = reference_of(model, batch, objective)
+        with a_pass():
+            logprobs, weights = model.logprobs(batch)
+            found = objective.sums(logprobs, weights, batch, reference)
+            terms = [term / total for term, total in zip(found.terms, totals, strict=True)]
+            part = sum(terms[1:], terms[0])
+            (part if scale == 1.0 else part * scale).backward()
+            loss += float(part.detach())
+            judged, right, margin = judged + found.judged, right + found.right, margin + found.margin
+            del logprobs, found, terms, part
+    return [loss, judged, right, margin]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fitune.atomic import new_folder
 from fitune.errors import FituneError
+from fitune.fuse.loss_scale import LossScale
 from fitune.fuse.model import FusedModel
 from fitune.models.checkpoint_files import SafetensorsFiles
 from fitune.models.shards import TensorPlan, write_file
@@ -67,6 +68,7 @@ def save_checkpoint(
             give_back(optimizer, tensors[written.name])
         state = {
             **asdict(progress), "identity": dict(identity), "scalars": scalars,
+            "loss_scale": None if model.loss_scale is None else asdict(model.loss_scale),
             "sha256": _digest(beside / TENSORS),
         }  # fmt: skip
         text = json.dumps({**state, "state_sha256": _state_digest(state)}, indent=2)
@@ -130,6 +132,8 @@ def load_checkpoint(path: Path, model: FusedModel, optimizer: torch.optim.Optimi
     for name, scalar in state["scalars"].items():
         place, _, key = name.partition(".")
         states_of(optimizer, parameters[int(place)])[key] = scalar
+    if state.get("loss_scale") is not None and model.loss_scale is not None:
+        model.loss_scale = LossScale(**state["loss_scale"])
     if _random_name(rank) in set(file.names()):  # with --force a run may go on in more processes
         torch.set_rng_state(file.read(_random_name(rank)).clone())
     return Progress(**{one.name: state[one.name] for one in fields(Progress) if one.name in state})
