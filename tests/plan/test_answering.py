@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,6 @@ def test_planned_bytes_are_the_real_ones(
         answer()
     planned = answering_bytes(run, config, read_anatomy(run, config, dtype), asked, dtype, BACKEND)
     assert live.peak <= planned <= 1.6 * live.peak
-    more = answering_bytes(
-        run, config, read_anatomy(run, config, dtype), Answering(asked.rows, asked.shared_tokens, asked.own_tokens, 400),
-        dtype, BACKEND,
-    )  # fmt: skip
+    longer = replace(asked, new_tokens=400)
+    more = answering_bytes(run, config, read_anatomy(run, config, dtype), longer, dtype, BACKEND)
     assert more > 1.5 * planned

@@ -387,7 +387,7 @@ class TrainSettings(Section):
         default=0.0,
         ge=0,
         le=100,
-        description="How much less a validation loss (best_by score: how much more a score) must be to count as better",
+        description="How much less a validation loss (best_by score: how much more a score) must be, to be better",
     )
     restore_best: bool = Field(
         default=False, description="The result is the model of the best validation (or score), not of the last step"

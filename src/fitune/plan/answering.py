@@ -117,7 +117,8 @@ def _with(first: Cache, graph: nn.Module, layers: Layers, rows: int, count: int)
     for layer, before in zip(cache.layers, first.layers, strict=True):
         if count:
             layer.update(
-                before.keys[:1, :, :1].expand(rows, -1, count, -1), before.values[:1, :, :1].expand(rows, -1, count, -1)
+                before.keys[:1, :, :1].expand(rows, -1, count, -1),
+                before.values[:1, :, :1].expand(rows, -1, count, -1),
             )
     return cache
 

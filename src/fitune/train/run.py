@@ -42,7 +42,6 @@ from fitune.train.loop import (
     Record,
     Rows,
     StepRecord,
-    ValidationRecord,
     Watcher,
     count_steps,
     learning_rate,
@@ -391,7 +390,7 @@ def _scorer(prepared: Prepared, model: FusedModel, say: Callable[[str], None], r
     if prepared.questions is None:
         return None
     if model.stream is not None:
-        say("warning: every token of the answers of train.score_every_steps reads layers from the disk: scores are slow")
+        say("warning: every token of an answer reads layers from the disk, so that scores are slow to come")
     return Scorer(prepared.config, prepared.source, prepared.questions, ranks)
 
 
