@@ -15,10 +15,29 @@ from fitune.models.folder import FolderSource
 from fitune.plan.anatomy import read_anatomy
 from fitune.plan.answering import Answering, answering_bytes
 from fitune.plan.computation import Computation
+from fitune.plan.dry_run import Shape
 from fitune.plan.live_bytes import LiveBytes
+from fitune.plan.planner import run_memory
 from fitune.quant.lease import lease_for_generation, leased
 from fitune.train.prepare import build_for_training
 from tiny_models import BACKEND
+
+
+@pytest.mark.parametrize("resident_layers", [None, 2])
+def test_what_exceeds_a_step_is_in_the_peak(resident_layers: int | None) -> None:
+    """Weights and states stay while questions are answered; what a step holds beside them does not."""
+    run, config, computation = run_of("qlora"), config_of("llama"), Computation(torch.bfloat16, BACKEND, 1, "a test")
+    shape = Shape(2, 96, 48, 70)
+    plain = run_memory(run, config, computation, shape)
+    small, large = (
+        run_memory(run, config, computation, shape, answering=Answering(rows, 0, 60, 40)) for rows in (1, 4096)
+    )
+    assert small.answering < plain.step.resident - plain.step.optimizer < large.answering
+    assert small.bytes(resident_layers) == plain.bytes(resident_layers)
+    weights = plain.bytes(resident_layers) - plain.at_peak(resident_layers)[1]
+    assert large.bytes(resident_layers) == pytest.approx(
+        weights + large.step.optimizer + large.answering, abs=plain.anatomy.head_bytes
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from fitune.quant.lease import DecodedOnce, lease_for_generation
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 # The logits of a step, and what the choice of a token makes of them (in float32, and once more where it sorts).
 _LOGIT_COPIES = 3
+_known: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ def answering_bytes(
     streams = run.train.resident_layers is not None
     if run.method == "qlora" and isinstance(lease_for_generation(backend, dtype, streams), DecodedOnce):
         decoded = round(sum(anatomy.layer_bytes) * 8 / _NF4_BITS * dtype.itemsize)
-    try:
-        found = _dry_run(run, config, anatomy, asked, dtype, backend)
-    except (FituneError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
-        a_token = 2 * int(text.num_hidden_layers) * int(text.hidden_size) * held_dtype.itemsize
-        found = 2 * a_token * asked.rows * asked.capacity
-    return found + logits + decoded
+    key = repr((run.method, run.lora, asked, dtype, backend, config.to_json_string()))
+    if key not in _known:  # a budget's variants differ in what answers do not depend on
+        try:
+            _known[key] = _dry_run(run, config, anatomy, asked, dtype, backend)
+        except (FituneError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
+            a_token = 2 * int(text.num_hidden_layers) * int(text.hidden_size) * held_dtype.itemsize
+            _known[key] = 2 * a_token * asked.rows * asked.capacity
+    return _known[key] + logits + decoded
 
 
 def _dry_run(
