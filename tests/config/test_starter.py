@@ -49,6 +49,7 @@ def test_every_commented_line_can_be_uncommented(folder: Path, at: int) -> None:
     lines[at] = lines[at].replace("#", "", 1)
     beside = {
         "validate_every_steps": ["validation"],
+        "score_every_steps": ["validation"],
         "early_stopping_patience": ["validate_every_steps", "validation"],
         "data": ["task"],
         "database": ["data", "task"],

@@ -8,15 +8,16 @@ import re
 import pytest
 from rich.console import Console
 
-from fitune.train.loop import StepRecord, ValidationRecord
+from fitune.train.loop import Record, StepRecord, ValidationRecord
 from fitune.train.progress_view import MOST_LINES, TrainingView, clock
+from fitune.train.scoring import ScoreRecord
 
 
 def step(number: int, loss: float = 1.0) -> StepRecord:
     return StepRecord(number, 0.5, loss, 1.0, 2e-4, 100, 50, 200.0, 1_500_000_000, number * 0.5)
 
 
-def shown(is_terminal: bool, records: list[StepRecord | ValidationRecord], steps: int, width: int = 200) -> str:
+def shown(is_terminal: bool, records: list[Record], steps: int, width: int = 200) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=is_terminal, width=width, highlight=False)
     with TrainingView(steps, 2_000_000_000, console) as view:
@@ -30,7 +31,7 @@ def shown(is_terminal: bool, records: list[StepRecord | ValidationRecord], steps
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
 def test_plain_lines_are_few_and_hold_the_ends(steps: int) -> None:
-    records: list[StepRecord | ValidationRecord] = []
+    records: list[Record] = []
     for number in range(1, steps + 1):
         records += [step(number), ValidationRecord(number, 0.5)]
     said = shown(False, records, steps)
@@ -60,6 +61,21 @@ def test_a_terminal_gets_a_picture() -> None:
     assert "validation 0.2500" in said
     assert "step 2/4" in said
     assert "quantising 2/2 tensors" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "score", "words"),
+    [("execution_accuracy", 0.42, "execution accuracy 42.0 % (29.0 to 55.0) on 50 answers"),
+     ("bleu", 31.25, "BLEU 31.2 (0.3 to 0.6) on 50 answers")],
+)  # fmt: skip
+def test_scores_stand_in_lines_and_pictures(name: str, score: float, words: str) -> None:
+    record = ScoreRecord(1, score, name, 0.29, 0.55, {name: score}, 50, 3, 12.5)
+    assert words in shown(True, [step(1), record, step(2)], 4)
+    lines = shown(False, [step(1), record, step(2)], 2).splitlines()
+    assert words in lines[-1]
+    assert words not in lines[-2]
+    last = ScoreRecord(2, score, name, 0.29, 0.55, {name: score}, 50, 3, 12.5)
+    assert shown(False, [step(1), step(2), last], 2).endswith(f"step 2/2  {words}\n")
 
 
 def test_a_narrow_terminal_gets_whole_facts() -> None:

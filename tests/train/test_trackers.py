@@ -15,6 +15,7 @@ from fitune.train import trackers
 from fitune.train.loop import StepRecord, ValidationRecord
 from fitune.train.run_folder import RunFolder
 from fitune.train.scalars import scalars_of
+from fitune.train.scoring import ScoreRecord
 
 KINDS = ("wandb", "mlflow", "trackio", "swanlab")
 
@@ -36,6 +37,8 @@ def test_scalars_have_what_there_is() -> None:
     found = scalars_of(StepRecord(1, 0.1, 2.0, 1.5, 1e-4, 100, 50, 25.0, 10**9, 1.0))
     assert found["train/loss"] == 2.0
     assert "train/reward_margin" not in found
+    score = ScoreRecord(1, 0.5, "bleu", 0.0, 1.0, {"bleu": 0.5, "chrf": 2.0}, 50, 0, 1.0)
+    assert scalars_of(score) == {"score/bleu": 0.5, "score/chrf": 2.0}
     assert scalars_of(ValidationRecord(1, 1.5, 0.75)) == {"validation/loss": 1.5, "validation/reward_accuracy": 0.75}
 
 

@@ -44,6 +44,7 @@ def show(
     from fitune.cli.output import gigabytes, print_facts, print_json
     from fitune.train.progress_view import clock
     from fitune.train.run_list import read_run
+    from fitune.train.scoring import score_in_words
 
     found = read_run(run)
     if as_json:
@@ -59,6 +60,8 @@ def show(
         "validation loss": _number(found.validation_loss),
         "checkpoints": ", ".join(found.checkpoints) or "none",
     }
+    if found.score is not None:
+        lines["score"] = f"{score_in_words(found.score)} after step {found.score['step']:,}"
     for file in summary.get("data", {}).get("files", []):
         lines[f"data {file['path']}"] = f"{file['samples']:,} samples, format {file['format']}"
     if summary:

@@ -113,6 +113,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
         "first_loss": outcome.losses[0][1] if outcome.losses else None,
         "final_loss": outcome.losses[-1][1] if outcome.losses else None,
         "validation_loss": outcome.validation[-1][1] if outcome.validation else None,
+        "score": vars(outcome.scores[-1]) if outcome.scores else None,
         "seconds": outcome.seconds,
         "peak_bytes": outcome.peak_bytes,
         "planned_peak_bytes": outcome.plan.peak_bytes,
@@ -140,6 +141,7 @@ def _print_outcome(outcome: Outcome, scores: tuple[TaskEvaluation | None, TaskEv
     from fitune.cli.output import gigabytes, print_facts
     from fitune.cli.score_page import print_scores
     from fitune.train.progress_view import clock
+    from fitune.train.scoring import score_in_words
 
     lines = {"run": str(outcome.folder.path)}
     if outcome.losses:
@@ -147,6 +149,8 @@ def _print_outcome(outcome: Outcome, scores: tuple[TaskEvaluation | None, TaskEv
         lines["loss"] = f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}"
     if outcome.validation:
         lines["validation loss"] = f"{outcome.validation[-1][1]:.4f}"
+    if outcome.scores:
+        lines["score"] = score_in_words(vars(outcome.scores[-1]))
     planned = "" if outcome.plan.seconds is None else f" (planned {clock(outcome.plan.seconds)})"
     lines["time"] = f"{clock(outcome.seconds)}{planned}"
     lines["peak memory"] = f"{gigabytes(outcome.peak_bytes)} (planned {gigabytes(outcome.plan.peak_bytes)})"

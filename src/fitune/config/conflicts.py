@@ -159,8 +159,9 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
             ("train.steps",),
             f"the run has {train.steps} steps, so the learning rate would never reach its peak; give fewer",
         )
+    yield from _scoring_conflicts(config)
     for name in ("early_stopping_patience", "restore_best"):
-        if getattr(train, name) and train.validate_every_steps is None:
+        if getattr(train, name) and train.best_by == "loss" and train.validate_every_steps is None:
             yield Conflict(
                 f"train.{name}",
                 ("train.validate_every_steps",),
@@ -218,4 +219,35 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
             "evaluate.database",
             ("evaluate.task",),
             f"only task sql runs on a database, not {evaluate.task}; remove this",
+        )
+
+
+def _scoring_conflicts(config: RunConfig) -> Iterator[Conflict]:
+    """Of scores while training."""
+    train = config.train
+    if train.score_every_steps is not None and config.data.validation is None:
+        yield Conflict(
+            "train.score_every_steps",
+            ("data.validation",),
+            "there are no questions to answer; give data.validation a file or a share such as 0.05",
+        )
+    if train.score_every_steps is not None and config.evaluate.task == "perplexity":
+        yield Conflict(
+            "train.score_every_steps",
+            ("evaluate.task",),
+            "perplexity is the validation loss in other words: take train.validate_every_steps, or task sql or text",
+        )
+    if train.score_every_steps is None and train.score_samples != type(train).model_fields["score_samples"].default:
+        yield Conflict(
+            "train.score_samples", ("train.score_every_steps",), "has no effect without train.score_every_steps"
+        )
+    if train.best_by == "score" and train.score_every_steps is None:
+        yield Conflict(
+            "train.best_by", ("train.score_every_steps",), "score needs scores; set train.score_every_steps"
+        )
+    elif train.best_by == "score" and train.early_stopping_patience is None and not train.restore_best:
+        yield Conflict(
+            "train.best_by",
+            ("train.early_stopping_patience",),
+            "has no effect without train.early_stopping_patience or train.restore_best",
         )

@@ -360,16 +360,38 @@ class TrainSettings(Section):
         description="Validate after every so many steps; without it at the end",
         examples=[100],
     )
+    score_every_steps: Count | None = Field(
+        default=None,
+        description="After every so many steps, and at the end, answer validation questions and score the answers as "
+        "evaluate.task says (none: as text); without it never",
+        examples=[100],
+    )
+    score_samples: int = Field(
+        default=50,
+        ge=1,
+        le=1_000_000,
+        description="How many questions are answered for a score, the first ones of the validation data; each costs "
+        "up to evaluate.max_new_tokens passes, evaluate.batch of them at once",
+    )
+    best_by: Literal["loss", "score"] = Field(
+        default="loss",
+        description="By what early stopping and restore_best judge: the validation loss, or the score of "
+        "score_every_steps",
+    )
     early_stopping_patience: Count | None = Field(
         default=None,
-        description="End the run after so many validations in a row whose loss was no better; without it never",
+        description="End the run after so many validations (best_by score: scores) in a row that were no better; "
+        "without it never",
         examples=[3],
     )
     early_stopping_min_delta: float = Field(
-        default=0.0, ge=0, le=100, description="How much less a validation loss must be to count as better"
+        default=0.0,
+        ge=0,
+        le=100,
+        description="How much less a validation loss (best_by score: how much more a score) must be, to be better",
     )
     restore_best: bool = Field(
-        default=False, description="The result is the model of the best validation, not of the last step"
+        default=False, description="The result is the model of the best validation (or score), not of the last step"
     )
     on_non_finite: Literal["stop", "skip", "lower_rate"] = Field(
         default="stop",

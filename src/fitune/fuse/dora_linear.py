@@ -110,7 +110,7 @@ class FusedDoraLinear(FusedLoraLinear):
 
     def _kept_scales(self, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         """m / |W + s B A| [N], made once for all tokens that are generated."""
-        state = (*((one._version, one.data_ptr()) for one in (a, b, magnitude)), dtype)
+        state = (*((one._version, one.untyped_storage()._cdata) for one in (a, b, magnitude)), dtype)
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, magnitude.detach() / self._lengths(a, b, scaling, dtype))
         return self._kept[1]

@@ -39,7 +39,9 @@ def plan_within(
     def held(variant: RunConfig, row_tokens: int) -> RunMemory:
         workload = workload_of(variant)
         shape = shape_of(variant, workload, row_tokens)
-        return run_memory(variant, config, computation, shape, workload.distinct_tokens)
+        return run_memory(
+            variant, config, computation, shape, workload.distinct_tokens, workload.answering
+        )  # fmt: skip
 
     while True:
         own = max(own, resident_bytes() + RUN_BYTES)  # planning itself brings in what training needs

@@ -49,7 +49,8 @@ def choose_for(
 
     def on_cpu(variant: RunConfig, tokens: int) -> Held:
         workload = workload_of(variant)
-        return run_memory(variant, config, computation, shape_of(variant, workload, tokens), workload.distinct_tokens)
+        shape = shape_of(variant, workload, tokens)
+        return run_memory(variant, config, computation, shape, workload.distinct_tokens, workload.answering)
 
     own = resident_bytes() + RUN_BYTES
     while True:

@@ -138,7 +138,7 @@ def _dry_run(
     model, plain_attention = small_model(run, config, layers, dtype, backend, filled=False)
     mode, own_rooms = FakeTensorMode(allow_non_fake_inputs=True), Rooms(lambda size: object())
     live = LiveBytes(own_rooms if device is None and backend == "native" else None)
-    _make_parameters_fake(model.graph, mode)
+    make_parameters_fake(model.graph, mode)
     optimizer = make_optimizer(run.train.optimizer, model.trainable, run.train.betas, run.train.weight_decay, backend)
     paged = run.train.optimizer_states == "disk"
     if paged:
@@ -248,7 +248,7 @@ def _highest(start: int, stretches: list[Stretch]) -> tuple[int, str]:
     return peak, operator
 
 
-def _make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
+def make_parameters_fake(graph: nn.Module, mode: FakeTensorMode) -> None:
     """In place; shared parameters stay shared.
 
     Real ones cannot be given the fake values that some optimizers write into them.

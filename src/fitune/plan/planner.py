@@ -14,6 +14,7 @@ from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
 from fitune.models.dropout import told
 from fitune.plan.anatomy import Anatomy, read_anatomy
+from fitune.plan.answering import Answering, answering_bytes
 from fitune.plan.computation import Computation
 from fitune.plan.dry_run import PROBE_LAYERS, Shape, StepMemory, probe_bytes, step_memory, step_seconds
 from fitune.plan.levers import Choice
@@ -25,6 +26,8 @@ from fitune.quant.stream import resident_groups
 RUN_BYTES = 25_000_000
 # What the client of one of train.trackers takes: of MLflow's (mlflow-skinny), which was measured.
 TRACKER_BYTES = 70_000_000
+# What the metrics' packages take (sacrebleu, rouge-score): 21 to 22 MB after 50 answers of text.
+SCORING_BYTES = 22_000_000
 # Linux brings in so much of a mapped file around what is touched (fault_around_bytes, its default).
 FAULT_BYTES = 1 << 16
 
@@ -47,7 +50,7 @@ class Workload:
     """What the data asks for: optimizer steps and tokens of the whole run, documents' mean length, trained share.
 
     Steps and tokens are 0 where there is no data yet, as with a preset. `distinct_tokens`: how many of the
-    vocabulary the data have; None: not known.
+    vocabulary the data have; None: not known. `answering`: the scores on the way; None: there are none.
     """
 
     steps: int
@@ -56,6 +59,7 @@ class Workload:
     trained_share: float
     row_tokens: int
     distinct_tokens: int | None = None
+    answering: Answering | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,13 @@ class RunMemory:
     Attributes:
         layers: of which the frozen weights are in 4 bits.
         untouched: bytes of a mapped table of embeddings that the data do not touch, where all layers stay.
+        answering: of answering questions between two steps, beside weights and the optimizer's states.
     """
 
     anatomy: Anatomy
     step: StepMemory
     untouched: int = 0
+    answering: int = 0
 
     @property
     def layers(self) -> int:
@@ -128,9 +134,20 @@ class RunMemory:
             return weights + visiting, step.at_head
         return weights - (self.untouched if resident_layers is None else 0), step.resident
 
+    def more_to_answer(self, resident_layers: int | None) -> int:
+        """By how much answering between two steps exceeds the peak of a step."""
+        if not self.answering:
+            return 0
+        anatomy = self.anatomy
+        weights = anatomy.resident_bytes(resident_layers) + anatomy.int8_bytes + anatomy.trained_bytes
+        weights += max(0, anatomy.visiting_bytes(resident_layers))
+        weights -= self.untouched if resident_layers is None else 0
+        held = weights + self.step.optimizer + self.answering
+        return max(0, held - sum(self.at_peak(resident_layers)))
+
     def bytes(self, resident_layers: int | None) -> int:
-        """At the peak of a step."""
-        return sum(self.at_peak(resident_layers))
+        """At the peak of the run."""
+        return sum(self.at_peak(resident_layers)) + self.more_to_answer(resident_layers)
 
 
 def shape_of(run: RunConfig, workload: Workload, row_tokens: int | None = None) -> Shape:
@@ -143,15 +160,17 @@ def shape_of(run: RunConfig, workload: Workload, row_tokens: int | None = None) 
 
 def run_memory(
     run: RunConfig, config: PretrainedConfig, computation: Computation, shape: Shape,
-    distinct_tokens: int | None = None,
+    distinct_tokens: int | None = None, answering: Answering | None = None,
 ) -> RunMemory:  # fmt: skip
     """Counts the model's weights and dry-runs its step. Raises FituneError where that cannot be.
 
-    `distinct_tokens`: how many of the vocabulary the data have; None: all of it is counted.
+    `distinct_tokens`: how many of the vocabulary the data have; None: all of it is counted. `answering`: the scores
+    on the way; None: there are none.
     """
     anatomy = read_anatomy(run, config, computation.dtype)
     step = step_memory(run, config, anatomy, shape, computation.dtype, computation.backend)
-    return RunMemory(anatomy, step, _untouched_bytes(anatomy, distinct_tokens))
+    more = answering_bytes(run, config, anatomy, answering, computation.dtype, computation.backend)
+    return RunMemory(anatomy, step, _untouched_bytes(anatomy, distinct_tokens), more)
 
 
 def _untouched_bytes(anatomy: Anatomy, distinct_tokens: int | None) -> int:
@@ -225,7 +244,7 @@ def make_plan(
     """
     before = resident_bytes()
     shape = shape_of(run, workload)
-    held = run_memory(run, config, computation, shape, workload.distinct_tokens)
+    held = run_memory(run, config, computation, shape, workload.distinct_tokens, workload.answering)
     anatomy, step = held.anatomy, held.step
     arguments = (run, config, anatomy, shape, computation.dtype, computation.backend)
     weights, of_step = held.at_peak(run.train.resident_layers)
@@ -241,6 +260,8 @@ def make_plan(
     gc.collect()
     give_back_free_memory()
     overhead = resident_bytes() + RUN_BYTES + TRACKER_BYTES * len(run.train.trackers or ())
+    overhead += SCORING_BYTES if workload.answering else 0
+    answering = held.more_to_answer(run.train.resident_layers)
     gradients, saved, workspace = parts_at_peak(step, of_step, anatomy.trained_bytes)
     memory = (
         Item("frozen weights", weights - anatomy.int8_bytes - anatomy.trained_bytes, "bytes", "model"),
@@ -250,9 +271,10 @@ def make_plan(
         Item("optimizer states", step.optimizer, "bytes", "dry run"),
         Item("saved activations", saved, "bytes", "dry run"),
         Item("workspaces, logits", workspace, "bytes", "dry run"),
+        *((Item("more while scoring", answering, "bytes", "dry run"),) if answering else ()),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
-    peak = overhead + weights + of_step
+    peak = overhead + weights + of_step + answering
     whole = None
     if seconds is not None and workload.tokens:
         whole = seconds * workload.tokens / (shape.rows * shape.tokens * run.train.accumulation)
@@ -265,6 +287,7 @@ def make_plan(
         Item("computation", computation.reason, "", "machine"),
         Item("threads", computation.threads, "", "you" if run.train.threads else "machine"),
         *_processes(computation),
+        *_scores(run, workload, held),
         *((Item("on disk while training", step.disk, "bytes", "derived"),) if step.disk else ()),
     )
     return Plan(
@@ -277,6 +300,18 @@ def _processes(computation: Computation) -> tuple[Item, ...]:
     """How many share the steps; memory, and threads, are those of each."""
     count = computation.processes
     return (Item("processes", count, "share a step's micro-batches", "machine"),) if count > 1 else ()
+
+
+def _scores(run: RunConfig, workload: Workload, held: RunMemory) -> tuple[Item, ...]:
+    """What is answered for scores on the way."""
+    asked = workload.answering
+    if asked is None:
+        return ()
+    how = f"every {run.train.score_every_steps} steps; their time is not in the plan's"
+    return (
+        Item("scores", how, "", "you"),
+        Item("answers hold", held.answering, "bytes", "dry run"),
+    )
 
 
 def _streaming(run: RunConfig, anatomy: Anatomy, choices: tuple[Choice, ...]) -> tuple[Item, ...]:

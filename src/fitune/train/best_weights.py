@@ -1,4 +1,4 @@
-"""The trained weights of the best validation so far, kept beside the checkpoints."""
+"""The trained weights of the best validation, or score, so far, kept beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from fitune.models.shards import TensorPlan, write_file
 _TENSORS, _FACTS = "tensors.safetensors", "validation.json"
 
 
-def save_best(folder: Path, model: FusedModel, step: int, loss: float) -> None:
-    """Writes them in place of those before. Raises DiskFullError with the old ones untouched."""
+def save_best(folder: Path, model: FusedModel, step: int, value: float, name: str = "validation_loss") -> None:
+    """Writes them in place of those before, with the best value and its name.
+
+    Raises DiskFullError with the old ones untouched.
+    """
     tensors = {f"parameter.{index}": parameter for index, parameter in enumerate(model.trainable)}
     plans = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     with new_folder(folder, replace=True) as beside:
         for _ in write_file(beside / _TENSORS, plans, tensors.__getitem__):
             pass
-        (beside / _FACTS).write_text(json.dumps({"step": step, "validation_loss": loss}) + "\n")
+        (beside / _FACTS).write_text(json.dumps({"step": step, name: value}) + "\n")
 
 
 def best_step(folder: Path) -> int | None:

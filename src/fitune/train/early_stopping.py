@@ -11,17 +11,19 @@ RISES = 2
 
 @dataclass
 class EarlyStopping:
-    """Hears of every validation.
+    """Hears of every validation, or of every score.
 
     Attributes:
-        patience: after so many validations in a row without a better loss the run ends; None: never.
-        min_delta: how much less a loss must be to count as better.
-        best, best_step: the best loss so far, and the step after which it was.
-        waited: validations since.
+        patience: after so many in a row without a better value the run ends; None: never.
+        min_delta: by how much a value must be better to count as that.
+        by_score: whether the values are scores, of which more is better; else losses.
+        best, best_step: the best value so far, and the step after which it was.
+        waited: values since.
     """
 
     patience: int | None = None
     min_delta: float = 0.0
+    by_score: bool = False
     best: float = math.inf
     best_step: int = 0
     waited: int = 0
@@ -29,8 +31,9 @@ class EarlyStopping:
     _told: bool = field(default=False, repr=False)
 
     def hear(self, step: int, loss: float, train_loss: float = math.nan) -> bool:
-        """Takes a validation loss, and the training loss of late; whether this is the best so far."""
-        if loss < self.best - self.min_delta or not math.isfinite(self.best):
+        """Takes a validation loss (or a score), and the training loss of late; whether this is the best so far."""
+        is_better = loss > self.best + self.min_delta if self.by_score else loss < self.best - self.min_delta
+        if is_better or not math.isfinite(self.best):
             self.best, self.best_step, self.waited, self._best_train = loss, step, 0, train_loss
             return True
         self.waited += 1
@@ -54,7 +57,8 @@ class EarlyStopping:
 
     def why(self) -> str:
         """The sentence for a run that ended."""
+        heard, value = ("scores", "score") if self.by_score else ("validations", "loss")
         return (
-            f"stopped early: {self.waited} validations in a row were not better by {self.min_delta:g} than the loss "
+            f"stopped early: {self.waited} {heard} in a row were not better by {self.min_delta:g} than the {value} "
             f"{self.best:.4f} after step {self.best_step}"
         )

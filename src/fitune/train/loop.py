@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -43,7 +42,9 @@ from fitune.train.memory_watch import MemoryWatch
 from fitune.train.non_finite import place_of
 from fitune.train.patient_file import PatientFile
 from fitune.train.run_folder import RunFolder
+from fitune.train.scoring import Scorer, ScoreRecord
 from fitune.train.stall_watch import StallWatch
+from fitune.train.stop_signals import stop_signals
 
 # LoRA's usual rate for models of 7B to 13B (QLoRA, table 9); full fine-tuning wants about a twentieth of it.
 # Preferences want less: TRL's own scripts take 5e-6 (dpo.py) and 8e-5 (orpo.py) with adapters, a tenth without;
@@ -57,6 +58,7 @@ LEARNING_RATES = {
 
 # Lion's paper: rates of a third to a tenth of AdamW's.
 OPTIMIZER_RATES = {"lion": 0.2}
+_JUDGED = {"loss": "validation loss", "score": "score"}
 # Of rows that are counted, how many between two words of it.
 WATCHED_ROWS = 256
 # A checkpoint that found no room on the disk is tried again after so many steps.
@@ -98,7 +100,8 @@ class ValidationRecord:
     validation_reward_margin: float | None = None
 
 
-Watcher = Callable[[StepRecord | ValidationRecord], None]
+Record = StepRecord | ValidationRecord | ScoreRecord
+Watcher = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -198,28 +201,6 @@ def count_steps(rows: Rows, epochs: float, limit: int | None) -> int:
     return total + math.ceil(rows.count(whole) * part - 1e-9) if part > 1e-9 else total
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them, so that a step ends whole. A second one is not held."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for held in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[held] = signal.signal(held, note)
-        except ValueError:  # not the main thread: whoever runs us handles signals
-            continue
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def validate(
     model: FusedModel, samples: Sequence[EncodedSample], rows: Rows, objective: Objective = SUPERVISED
 ) -> Measured:
@@ -236,8 +217,10 @@ def run_loop(
     config: RunConfig, model: FusedModel, rows: Rows, validation: Sequence[EncodedSample], folder: RunFolder,
     identity: Mapping[str, str], resume_from: Any = None, watch: Watcher | None = None,
     say: Callable[[str], None] = lambda line: None, budget_bytes: int | None = None, ranks: Ranks = ALONE,
+    scorer: Scorer | None = None,
 ) -> Progress:  # fmt: skip
     """Trains to the end of the run; returns how far it came. `budget_bytes`: what the process should stay within.
+    `scorer`: where the run file asks for scores on the way.
     Of several `ranks` the first one alone writes; `watch` and `say` hear the same in all of them.
 
     Writes metrics.jsonl and checkpoints. On SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises
@@ -254,8 +237,9 @@ def run_loop(
     try:
         memory = MemoryWatch(budget_bytes=budget_bytes)
         return _take_steps(
-            config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say, memory, ranks
-        )
+            config, model, optimizer, rows, validation, folder, identity, resume_from, watch, say, memory, ranks,
+            scorer,
+        )  # fmt: skip
     finally:
         rooms.clear()
         close(optimizer)
@@ -265,6 +249,7 @@ def _take_steps(
     config: RunConfig, model: FusedModel, optimizer: torch.optim.Optimizer, rows: Rows,
     validation: Sequence[EncodedSample], folder: RunFolder, identity: Mapping[str, str], resume_from: Any,
     watch: Watcher | None, say: Callable[[str], None], memory: MemoryWatch, ranks: Ranks,
+    scorer: Scorer | None,
 ) -> Progress:  # fmt: skip
     settings = config.train
     steps = count_steps(rows, settings.epochs, settings.steps)
@@ -274,16 +259,19 @@ def _take_steps(
         progress = load_checkpoint(resume_from, model, optimizer, ranks.rank)
     else:
         torch.manual_seed(ranks.seed(config.seed))
-    stopping_early = EarlyStopping(settings.early_stopping_patience, settings.early_stopping_min_delta)
-    _trim_metrics(folder, progress.step, stopping_early, ranks)
+    judge = EarlyStopping(
+        settings.early_stopping_patience, settings.early_stopping_min_delta, settings.best_by == "score"
+    )
+    by_loss = EarlyStopping() if judge.by_score else judge
+    _trim_metrics(folder, progress.step, judge, by_loss, ranks)
     spikes, stalls = SpikeWatch(), StallWatch(say)
     machine = MachineShare(model, settings.recompute == "layers", objective.forwards)
     saver = _Saver(folder, model, optimizer, identity, settings.keep_checkpoints, say, ranks)
     lately: deque[float] = deque(maxlen=settings.validate_every_steps or 1)
 
-    with _stop_signals() as received, closing(PatientFile(folder.metrics_file, say)) as metrics:
+    with stop_signals() as received, closing(PatientFile(folder.metrics_file, say)) as metrics:
 
-        def record(entry: StepRecord | ValidationRecord) -> None:
+        def record(entry: Record) -> None:
             facts = {name: value for name, value in asdict(entry).items() if value is not None}
             if ranks.is_first:
                 metrics.write(f"{json.dumps(facts)}\n".encode())
@@ -294,7 +282,7 @@ def _take_steps(
         for number, (epoch, step_rows) in enumerate(rows.steps(settings.epochs, settings.steps)):
             if number < progress.step:
                 continue
-            if stopping_early.is_over:
+            if judge.is_over:
                 break
             begun = time.perf_counter()
             rate = schedule.rate(number) * progress.rate_ratio
@@ -344,14 +332,20 @@ def _take_steps(
                 loss = held_out.loss
                 record(ValidationRecord(progress.step, loss, held_out.reward_accuracy, held_out.reward_margin))
                 train_loss = math.fsum(lately) / len(lately) if lately else math.nan
-                if stopping_early.hear(progress.step, loss, train_loss) and settings.restore_best:
+                if by_loss.hear(progress.step, loss, train_loss) and settings.restore_best and not judge.by_score:
                     saver.save_best(progress.step, loss)
-                rising = stopping_early.overfitting(loss, train_loss)
+                rising = by_loss.overfitting(loss, train_loss)
                 if rising is not None:
                     say(f"warning: {rising}")
-                if stopping_early.is_over and not last:
-                    say(stopping_early.why())
-                    last = True
+            ends = judge.is_over and not last  # by its loss
+            if scorer is not None and (last or ends or _due(progress.step, settings.score_every_steps)):
+                scored = scorer.score(model, progress.step)
+                record(scored)
+                if judge.by_score and judge.hear(progress.step, scored.score) and settings.restore_best:
+                    saver.save_best(progress.step, scored.score, "score")
+            if judge.is_over and not last:
+                say(judge.why())
+                last = True
             saved = f"everything is saved. Go on with: fitune train {folder.config_file} --resume"
             if ranks.any(bool(received)) and not last:
                 saver.save(progress, must=True)
@@ -371,7 +365,7 @@ def _take_steps(
     ranks.any(False)  # the first one has written all of it
     if settings.restore_best and (step := best_step(folder.best)) not in (None, progress.step):
         take_best(folder.best, model)
-        say(f"the result is the model after step {step}, whose validation loss was the best")
+        say(f"the result is the model after step {step}, whose {_JUDGED[settings.best_by]} was the best")
     return progress
 
 
@@ -428,12 +422,12 @@ class _Saver:
             self._again = progress.step + RETRY_STEPS
             self._say(f"warning: {why}; {newest}. Training goes on, and tries again after step {self._again}")
 
-    def save_best(self, step: int, loss: float) -> None:
-        """The trained weights of the best validation so far."""
+    def save_best(self, step: int, value: float, name: str = "validation_loss") -> None:
+        """The trained weights of the best validation, or score, so far."""
         if not self._ranks.is_first:
             return
         try:
-            save_best(self._folder.best, self._model, step, loss)
+            save_best(self._folder.best, self._model, step, value, name)
         except DiskFullError as error:
             self._say(f"warning: {error}; the best model so far is one of an earlier step")
 
@@ -485,14 +479,16 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _trim_metrics(folder: RunFolder, step: int, stopping_early: EarlyStopping, ranks: Ranks) -> None:
-    """Drops the lines of steps that will be taken again; those of validations that stay are heard once more."""
+def _trim_metrics(folder: RunFolder, step: int, judge: EarlyStopping, by_loss: EarlyStopping, ranks: Ranks) -> None:
+    """Drops the lines of steps that will be taken again; validations and scores that stay are heard once more."""
     text = folder.metrics_file.read_text() if folder.metrics_file.is_file() else None
     ranks.any(False)  # all have read it
     lines = [line for line in (text or "").splitlines() if line.strip().endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     for entry in map(json.loads, kept):
         if "validation_loss" in entry:
-            stopping_early.hear(entry["step"], entry["validation_loss"])
+            by_loss.hear(entry["step"], entry["validation_loss"])
+        if "score" in entry and judge.by_score:
+            judge.hear(entry["step"], entry["score"])
     if text is not None and ranks.is_first:
         write_text(folder.metrics_file, "".join(f"{line}\n" for line in kept))

@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fitune.train.loop import StepRecord, ValidationRecord
+from fitune.train.loop import Record, StepRecord, ValidationRecord
+from fitune.train.scoring import ScoreRecord, score_in_words
 
 # The loss of a step depends on its few rows; a mean of so many steps shows where it goes.
 AVERAGED_STEPS = 20
@@ -47,6 +48,7 @@ class TrainingView:
         self._losses: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self._last: StepRecord | None = None
         self._validation: float | None = None
+        self._score: ScoreRecord | None = None
         self._pace: tuple[float, int] = (0.0, 0)
         self._store: tuple[int, int] | None = None
         self._line_at, self._line_step, self._lines = 0.0, 0, 0
@@ -64,13 +66,17 @@ class TrainingView:
             self._live.update(self._picture(), refresh=True)
             self._live.stop()
 
-    def __call__(self, record: StepRecord | ValidationRecord) -> None:
+    def __call__(self, record: Record) -> None:
         """Takes one record of the run."""
         if isinstance(record, ValidationRecord):
             self._validation = record.validation_loss
             # The others stand in the next line about a step.
             if self._live is None and record.step >= self._steps:
                 self._line(f"step {record.step}/{self._steps}  validation loss {record.validation_loss:.4f}")
+        elif isinstance(record, ScoreRecord):
+            self._score = record
+            if self._live is None and record.step >= self._steps:
+                self._line(f"step {record.step}/{self._steps}  {score_in_words(vars(record))}")
         else:
             self._last, self._store = record, None
             self._losses.append(record.loss)
@@ -118,6 +124,8 @@ class TrainingView:
         facts = [f"step {record.step}/{self._steps}", f"loss {record.loss:.4f} (mean {mean:.4f})"]
         if self._validation is not None:
             facts.append(f"validation {self._validation:.4f}")
+        if self._score is not None:
+            facts.append(score_in_words(vars(self._score)))
         if record.reward_accuracy is not None and record.reward_margin is not None:
             facts.append(f"{record.reward_accuracy:.0%} judged right (margin {record.reward_margin:+.3f})")
         speed = f"{record.tokens_per_second:,.0f} tokens/s"

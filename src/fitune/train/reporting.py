@@ -9,6 +9,7 @@ from typing import Any
 from fitune.evaluate.run_report import Example, Fact, PlannedRow, RunReport, ScoreRow
 from fitune.evaluate.task_evaluation import SCORES, TaskEvaluation, compare_evaluations
 from fitune.train.run_folder import RunFolder
+from fitune.train.scoring import score_in_words
 
 SHOWN_EXAMPLES = 10
 
@@ -30,6 +31,8 @@ def report_of_run(folder: RunFolder, base: TaskEvaluation | None, tuned: TaskEva
         Fact("samples", f"{data['train_samples']:,} to train, {data['validation_samples']:,} held out"),
         Fact("digest (SHA-256)", summary["sha256"]),
     ]
+    if summary.get("score"):
+        trained.append(Fact("score at the end", score_in_words(summary["score"])))
     path = folder.path
     commands = [("Ask it", f"fitune chat {path}"), ("Judge it", f"fitune evaluate {path}")]
     if summary["method"] != "full":

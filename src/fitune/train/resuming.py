@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import yaml
 
 from fitune.config import dump
-from fitune.config.schema import RunConfig
+from fitune.config.schema import RunConfig, TrainSettings
 from fitune.data.dataset import TrainingData
 from fitune.data.order import ORDER_VERSION
 from fitune.errors import InputError
@@ -22,7 +22,8 @@ from fitune.train.run_folder import RunFolder, find_adapter
 # What a resumed run may do otherwise: it changes no bit of what is trained.
 _FREE_TO_CHANGE = {
     "save_every_steps": None, "keep_checkpoints": 2, "validate_every_steps": None, "resident_layers": None,
-    "optimizer_states": "memory", "trackers": None,
+    "optimizer_states": "memory", "trackers": None, "score_every_steps": None,
+    "score_samples": TrainSettings.model_fields["score_samples"].default,
 }  # fmt: skip
 
 
@@ -57,11 +58,11 @@ def identity_of(config: RunConfig, prepared: PreparedRun) -> dict[str, str]:
 
 
 def _free(config: RunConfig) -> list[str]:
-    """What may change without a word; where validations or checkpoints decide what is trained, they may not."""
+    """What may change without a word; where validations, scores or checkpoints decide the result, they may not."""
     train = config.train
     bound = set()
     if train.early_stopping_patience is not None or train.restore_best:
-        bound.add("validate_every_steps")
+        bound |= {"validate_every_steps"} if train.best_by == "loss" else {"score_every_steps", "score_samples"}
     if train.on_non_finite == "lower_rate":
         bound.add("save_every_steps")
     return [name for name in _FREE_TO_CHANGE if name not in bound]

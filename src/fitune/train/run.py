@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ from fitune.process_memory import peak_bytes
 from fitune.step.objective import PAIRED
 from fitune.step.ranks import ALONE, Ranks
 from fitune.train.loop import (
+    Record,
     Rows,
     StepRecord,
-    ValidationRecord,
     Watcher,
     count_steps,
     learning_rate,
@@ -50,6 +50,7 @@ from fitune.train.loop import (
 from fitune.train.prepare import build_for_training
 from fitune.train.resuming import identity_of, refuse_another_run, resume_point
 from fitune.train.run_folder import RunFolder, find_adapter
+from fitune.train.scoring import Questions, Scorer, ScoreRecord, questions_of
 from fitune.train.tensorboard_log import TensorBoardLog
 from fitune.train.trackers import Trackers, check_trackers
 from fitune.train.trained_model import read_run_config
@@ -66,6 +67,7 @@ class Prepared:
 
     Attributes:
         plan: made already where settings were chosen by it.
+        questions: what is answered for scores on the way; None: nothing is.
         unpacked: why rows hold one sample each although packing was not switched off; None where it is not so.
     """
 
@@ -78,6 +80,7 @@ class Prepared:
     workload: Workload
     unpacked: str | None
     plan: Plan | None = None
+    questions: Questions | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Outcome:
     Attributes:
         losses: (step, loss) of every step; validation: (step, loss) where validated.
         digest: over the exact bits of what was trained; empty in other processes than the first.
+        scores: of the answers on the way.
     """
 
     folder: RunFolder
@@ -99,6 +103,7 @@ class Outcome:
     seconds: float
     peak_bytes: int
     digest: str
+    scores: list[ScoreRecord] = field(default_factory=list)
 
 
 def prepare_run(
@@ -146,8 +151,11 @@ def prepare_run(
         config.seed, pack, int(pad or 0), share=config.train.objective == "supervised",
         watch=watch,
     )  # fmt: skip
-    workload = _workload(config, rows)
-    prepared = Prepared(config, hardware, source, computation, data, rows, workload, unpacked)
+    questions = questions_of(config, source, data, tokenizer)
+    workload = _workload(config, rows, questions)
+    prepared = Prepared(
+        config, hardware, source, computation, data, rows, workload, unpacked, questions=questions
+    )  # fmt: skip
     prepared = _fitted(prepared, with_time) if choose and is_wanted(config) else prepared
     _check_processes(prepared.config, ranks)
     return prepared
@@ -200,12 +208,14 @@ def _fitted(prepared: Prepared, with_time: bool) -> Prepared:
         lambda run: workload_of(prepared, run), learning_rate, with_time,
     )  # fmt: skip
     rows = _rows_of(prepared, config)
-    return replace(prepared, config=config, rows=rows, workload=_workload(config, rows), plan=plan)
+    return replace(
+        prepared, config=config, rows=rows, workload=_workload(config, rows, prepared.questions), plan=plan
+    )
 
 
 def workload_of(prepared: Prepared, run: RunConfig) -> Workload:
     """The same data with other settings of the run."""
-    return _workload(run, _rows_of(prepared, run))
+    return _workload(run, _rows_of(prepared, run), prepared.questions)
 
 
 def _rows_of(prepared: Prepared, run: RunConfig) -> Rows:
@@ -221,7 +231,7 @@ def resumed(config: RunConfig, folder: RunFolder) -> RunConfig:
     return config.model_copy(update={"method": before.method, "train": config.train.model_copy(update=train)})
 
 
-def _workload(config: RunConfig, rows: Rows) -> Workload:
+def _workload(config: RunConfig, rows: Rows, questions: Questions | None) -> Workload:
     """What the run's steps hold, counted on the rows of the first epoch, or on enough of them."""
     counted, tokens, documents, trained, longest = 0, 0, 0, 0, 0
     different: set[int] | None = set()
@@ -246,6 +256,7 @@ def _workload(config: RunConfig, rows: Rows) -> Workload:
         trained / tokens,
         longest,
         None if different is None else len(different),
+        None if questions is None else questions.answering,
     )
 
 
@@ -317,16 +328,19 @@ def train_run(
             before(model)
         losses: list[tuple[int, float]] = []
         validation: list[tuple[int, float]] = []
+        scores: list[ScoreRecord] = []
         records: list[StepRecord] = []
         board = TensorBoardLog(folder.tensorboard, say) if ranks.is_first else None
         names = (config.train.trackers or ()) if ranks.is_first else ()
         trackers = Trackers(names, folder, config.model_dump(mode="json"), say, is_new=start_from is None)
         is_whole = False
 
-        def collect(record: StepRecord | ValidationRecord) -> None:
+        def collect(record: Record) -> None:
             if isinstance(record, StepRecord):
                 losses.append((record.step, record.loss))
                 records.append(record)
+            elif isinstance(record, ScoreRecord):
+                scores.append(record)
             else:
                 validation.append((record.step, record.validation_loss))
             if board is not None:
@@ -335,11 +349,12 @@ def train_run(
             if watch is not None:
                 watch(record)
 
+        scorer = _scorer(prepared, model, say, ranks)
         started = time.perf_counter()
         try:
             progress = run_loop(
                 config, model, prepared.rows, prepared.data.validation, folder, identity, start_from, collect, say,
-                plan.budget_bytes, ranks,
+                plan.budget_bytes, ranks, scorer,
             )  # fmt: skip
             base = {"reference": prepared.source.reference, "identity": prepared.source.identity()}
             if _is_for_four_bits(config):
@@ -349,7 +364,8 @@ def train_run(
             summary = {
                 "model": config.model, "note": prepared.source.note, "method": config.method, "base": base,
                 "steps": progress.step, "final_loss": losses[-1][1] if losses else None,
-                "validation_loss": validation[-1][1] if validation else None, "seconds": round(seconds, 1),
+                "validation_loss": validation[-1][1] if validation else None,
+                "score": asdict(scores[-1]) if scores else None, "seconds": round(seconds, 1),
                 "peak_bytes": peak_bytes(), "planned_peak_bytes": plan.peak_bytes, "sha256": digest,
                 "replaced": dict(model.report.replaced), "left": model.report.left,
                 "machine": machine(prepared.hardware),
@@ -365,8 +381,17 @@ def train_run(
     finally:
         folder.unlock()
     return Outcome(
-        folder, plan, model.report, model, losses, validation, records, seconds, peak_bytes(), digest
+        folder, plan, model.report, model, losses, validation, records, seconds, peak_bytes(), digest, scores
     )  # fmt: skip
+
+
+def _scorer(prepared: Prepared, model: FusedModel, say: Callable[[str], None], ranks: Ranks) -> Scorer | None:
+    """What answers and scores on the way, where that is asked for."""
+    if prepared.questions is None:
+        return None
+    if model.stream is not None:
+        say("warning: every token of an answer reads layers from the disk, so that scores are slow to come")
+    return Scorer(prepared.config, prepared.source, prepared.questions, ranks)
 
 
 def _save_result(model: FusedModel, source: ModelSource, base: dict[str, str], folder: RunFolder) -> str:

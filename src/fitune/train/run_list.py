@@ -27,7 +27,7 @@ class RunFacts:
     Attributes:
         state: "running", "finished", or "stopped" (it can be gone on with where there is a checkpoint).
         steps: taken so far; of_steps: planned (None: not known).
-        loss, validation_loss: the last ones; None: there is none yet.
+        loss, validation_loss, score: the last ones (`score`: a line of metrics.jsonl); None: there is none yet.
         config, summary, plan, evaluation: what the folder's files hold; empty where one is missing.
         checkpoints: their names, the oldest first.
     """
@@ -44,6 +44,7 @@ class RunFacts:
     plan: dict[str, Any]
     evaluation: dict[str, Any]
     checkpoints: tuple[str, ...] = field(default=())
+    score: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -68,12 +69,13 @@ def read_run(path: Path) -> RunFacts:
         raise InputError("this is no run folder: there is no config.yaml in it", where=path)
     config = _read(folder.config_file)
     summary, plan = _read(folder.summary_file), _read(folder.plan_file)
-    loss = validation = None
+    loss = validation = score = None
     steps = 0
     for entry in _metrics(folder.metrics_file):
         steps = max(steps, int(entry.get("step", 0)))
         loss = entry.get("loss", loss)
         validation = entry.get("validation_loss", validation)
+        score = entry if "score" in entry else score
     is_running = _is_locked(path / ".lock")
     return RunFacts(
         path,
@@ -88,6 +90,7 @@ def read_run(path: Path) -> RunFacts:
         plan,
         _read(folder.evaluation_file),
         tuple(one.name for one in list_checkpoints(folder.checkpoints)),
+        score,
     )
 
 
@@ -103,7 +106,8 @@ def differences(one: RunFacts, other: RunFacts) -> dict[str, dict[str, tuple[Any
 
 def _results(run: RunFacts) -> dict[str, Any]:
     summary = {name: run.summary.get(name) for name in _RESULTS}
-    return {"state": run.state, **summary, "last_loss": run.loss, **flat(run.evaluation, "evaluation.")}
+    scores = flat((run.score or {}).get("scores", {}), "score.")
+    return {"state": run.state, **summary, "last_loss": run.loss, **scores, **flat(run.evaluation, "evaluation.")}
 
 
 def _files(run: RunFacts) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from fitune.train.loop import StepRecord, ValidationRecord
+from fitune.train.loop import Record, ValidationRecord
+from fitune.train.scoring import ScoreRecord
 
 
-def scalars_of(record: StepRecord | ValidationRecord) -> dict[str, float]:
-    """`train/loss`, `validation/loss` and so on; without what there is none of."""
+def scalars_of(record: Record) -> dict[str, float]:
+    """`train/loss`, `validation/loss`, `score/bleu` and so on; without what there is none of."""
+    if isinstance(record, ScoreRecord):
+        return {f"score/{name}": value for name, value in record.scores.items()}
     if isinstance(record, ValidationRecord):
-        found = {
+        found: dict[str, float | None] = {
             "validation/loss": record.validation_loss,
             "validation/reward_accuracy": record.validation_reward_accuracy,
             "validation/reward_margin": record.validation_reward_margin,

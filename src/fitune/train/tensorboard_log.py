@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from fitune.train.loop import StepRecord, ValidationRecord
+from fitune.train.loop import Record
 from fitune.train.patient_file import PatientFile
 from fitune.train.scalars import scalars_of
 
@@ -27,7 +27,7 @@ class TensorBoardLog:
         self._file = PatientFile(folder / name, say)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def __call__(self, record: StepRecord | ValidationRecord) -> None:
+    def __call__(self, record: Record) -> None:
         scalars = scalars_of(record)
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(Event(wall_time=time.time(), step=record.step, summary=Summary(value=values)))

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from fitune.errors import InputError
-from fitune.train.loop import StepRecord, ValidationRecord
+from fitune.train.loop import Record
 from fitune.train.run_folder import RunFolder
 from fitune.train.scalars import scalars_of
 
@@ -152,7 +152,7 @@ class Trackers:
             self._try(name, partial(self._begin, name, folder, config, is_new))
             is_new = False  # all have the same
 
-    def __call__(self, record: StepRecord | ValidationRecord) -> None:
+    def __call__(self, record: Record) -> None:
         scalars = scalars_of(record)
         for name, tracker in list(self._open.items()):
             self._try(name, partial(tracker.log, scalars, record.step))
