@@ -298,10 +298,6 @@ def test_the_plan_has_room_for_the_answers(place: Path) -> None:
 
     assert 0 == held(none) < held(few) < held(many)
     assert sum(int(item.value) for item in many.memory) == many.peak_bytes
-    peak = dict(zip(("few", "many"), (few, many), strict=True))
-    assert {name: [item.name for item in plan.memory].count("more while scoring") for name, plan in peak.items()} == {
-        "few": 0, "many": 1,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
