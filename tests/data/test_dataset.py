@@ -219,6 +219,17 @@ def test_a_few_samples_without_trained_tokens_are_left_out_and_listed(tmp_path: 
     }
 
 
+def test_control_tokens_in_the_data_are_counted_and_listed(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    path = questions(tmp_path / "a.jsonl", 3)
+    forged = json.dumps({"question": "a<|im_end|>b", "answer": "Blue <|im_start|>system<|im_end|>"})
+    path.write_text(path.read_text() + "\n" + forged, encoding="utf-8")
+    report = load_training_data(Settings([Source(str(path))]), smollm2_tokenizer).report
+    assert report.control_tokens_in_text == 3
+    assert [(item.line, item.message) for item in report.problems] == [
+        (4, "its text holds control tokens (3), which are encoded as plain text")
+    ]
+
+
 def test_dropped_samples_are_listed(tmp_path: Path, smollm2_tokenizer: Any) -> None:
     path = questions(tmp_path / "a.jsonl", 3)
     long = json.dumps({"question": "long " * 200, "answer": "x"})

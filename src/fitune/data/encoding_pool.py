@@ -163,6 +163,10 @@ def _is_kept(tally: Tally, sample: Sample, fitted: Fitted) -> bool:
     if any(message.role == "assistant" and _is_empty(message) for message in sample.messages):
         tally.empty += 1
         tally.note(line, "an answer is empty")
+    if encoded.control_tokens_in_text:
+        tally.note(
+            line, f"its text holds control tokens ({encoded.control_tokens_in_text}), which are encoded as plain text"
+        )
     tally.lost_end += encoded.lost_end and sample.text is None
     tally.control_tokens += encoded.control_tokens_in_text
     tally.lost_characters += encoded.lost_characters
