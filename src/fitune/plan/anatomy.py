@@ -144,6 +144,7 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
             frozen += 4 * rows  # and the squares of the weight's rows
     for copied in {id(p): p for name in whole for p in graph.get_submodule(name).parameters()}.values():
         trained[tuple(copied.shape)] += copied.is_floating_point()
+    frozen += sum(one.numel() * one.element_size() for name in whole for one in graph.get_submodule(name).buffers())
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
     layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
     is_mapped = run.method == "qlora" and dtype != torch.float32  # wider ones are copies, and stay
