@@ -203,7 +203,7 @@ def test_a_list_that_cannot_be_cut_is_run_whole() -> None:
     ("model_type", "method", "names"),
     [
         ("llama", "qlora", ["embed_tokens", "lm_head"]),
-        ("gemma2", "lora", ["lm_head", "input_layernorm"]),  # tied: the table too
+        ("gemma", "lora", ["lm_head", "input_layernorm"]),  # tied: the table too
         ("llama", "lora", ["norm", "layers.6.mlp.up_proj"]),
     ],
 )
