@@ -99,9 +99,10 @@ def read_adapter(
     placed, odd = place_whole(whole, graph)
     pairs: dict[str, LoraPair | WholeTensor] = {**placed}
     problems += odd
+    others = [key for key in tensors if ".lora_" not in key]
     problems += [
         f"{CONFIG}: modules_to_save has {name!r}, and {WEIGHTS} no such tensor"
-        for name in config.get("modules_to_save") or () if not any(f"{name}." in key for key in whole)
+        for name in config.get("modules_to_save") or () if not any(f"{name}." in key for key in others)
     ]  # fmt: skip
     for module, found in sides.items():
         problem = _check_pair(module, found, config, graph, modules.get(module))

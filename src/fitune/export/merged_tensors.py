@@ -30,6 +30,7 @@ class MergedTensors:
 
     Attributes:
         plans: every tensor to be written, in an order in which no group has to be made twice.
+        count: how many weights the adapter changes, tied ones as one.
 
     Raises:
         InputError: an adapted weight cannot be put back into the checkpoint's own form.
@@ -47,6 +48,7 @@ class MergedTensors:
         # A checkpoint may hold either of two tied tensors.
         tied = {name for pair in graph.all_tied_weights_keys.items() for name in pair}
         self._waiting = {name for name in pairs if name in tensors.by_name or name not in tied}
+        self.count = len(self._waiting)
         # Written name -> the name in the source, or the group that it is made of.
         self._untouched: dict[str, str] = {}
         self._made: dict[str, Group] = {}
