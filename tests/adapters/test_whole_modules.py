@@ -17,6 +17,7 @@ from fitune.data.collation import collate
 from fitune.errors import InputError
 from fitune.fuse.adapter_layers import fused_lora_layer
 from fitune.fuse.model import prepare
+from fitune.generate import generate
 from fitune.models.graph import head_name, set_quantised
 from fitune.quant.nf4 import quantise
 from tiny_models import BACKEND, adapted, distance, model_of, random_samples
@@ -222,3 +223,20 @@ def test_names_in_the_configuration_fit_nothing_else(tmp_path: Path) -> None:
         sum(hasattr(module, "modules_to_save") and hasattr(module, "original_module") for module in theirs.modules())
         == 1
     )
+
+
+@pytest.mark.parametrize(("family", "names"), [("llama", (*ENDS, "input_layernorm")), ("gemma", ENDS)])
+def test_generated_tokens_are_pefts(family: str, names: tuple[str, ...]) -> None:
+    fused, ours = ours_of(family, names)
+    saved = tuple(ours.peft_config["default"].modules_to_save)
+    theirs = peft_model(family, saved, family == "gemma")
+    give_values(ours, theirs)
+    prompts = [TOKENS[0, :7].tolist(), TOKENS[0, 5:17].tolist()]
+    found = generate(fused.graph.eval(), prompts, max_new_tokens=8, eos_ids=[256], pad_id=257)
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens = torch.tensor([prompt])
+        expected = theirs.eval().generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False,
+            eos_token_id=256, pad_token_id=257,
+        )  # fmt: skip
+        assert answer == expected[0, len(prompt) :].tolist()

@@ -210,3 +210,5 @@ def test_what_is_in_four_bits_is_refused_before_anything_is_made(place: Path, tm
     assert os.listdir(tmp_path) == []
     with pytest.raises(InputError, match=r"lora.modules_to_save.*method full has no adapter"):
         config_of(place, "lora.modules_to_save=[lm_head]", "method=full")
+    with pytest.raises(InputError, match=r"lora.modules_to_save.*say method lora or qlora"):
+        config_of(place, "lora.modules_to_save=[lm_head]", "method=auto")

@@ -59,7 +59,8 @@ def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename |
         raise InputError(f"this adapter uses {used}, which a run cannot go on with", where=folder)
     names = {key.removeprefix(_PREFIX).partition(_MARK)[0] for key in keys if _MARK in key}
     names = {inner(name) for name in names} if inner is not None else names
-    whole = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in keys if ".lora_" not in key}
+    others = [key for key in keys if ".lora_" not in key] if config.get("modules_to_save") else []
+    whole = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in others}
     whole = {inner(name) for name in whole} if inner is not None else whole
     return AdapterSettings(
         int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora")),
