@@ -49,6 +49,16 @@ def test_full_may_keep_its_states_in_eight_bits_and_is_never_streamed() -> None:
     assert {variant.run.train.optimizer for variant in variants(run_of("qlora"), ROW_TOKENS)} == {"adamw"}
 
 
+def test_modules_trained_whole_may_have_their_states_so_too() -> None:
+    plain = run_of("lora", micro_batch=1, recompute="none")
+    whole = plain.model_copy(update={"lora": plain.lora.model_copy(update={"modules_to_save": ("lm_head",)})})
+    assert len(variants(plain, ROW_TOKENS)) == 1
+    ways = {
+        (variant.run.train.optimizer, variant.run.train.optimizer_states) for variant in variants(whole, ROW_TOKENS)
+    }
+    assert ways == {("adamw", "memory"), ("adamw8bit", "memory"), ("adamw", "disk"), ("adamw8bit", "disk")}
+
+
 def test_what_cannot_lie_on_disk_stays_in_memory() -> None:
     found = variants(run_of("full", micro_batch=1, optimizer="adafactor"), ROW_TOKENS)
     assert {(v.run.train.optimizer, v.run.train.optimizer_states) for v in found} == {("adafactor", "memory")}

@@ -197,3 +197,24 @@ def test_a_list_that_cannot_be_cut_is_run_whole() -> None:
     anatomy, memory = planned(run, config, torch.bfloat16)
     assert anatomy.layers.path is None
     assert memory.peak > memory.saved > 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "names"),
+    [
+        ("llama", "qlora", ["embed_tokens", "lm_head"]),
+        ("gemma", "lora", ["lm_head", "input_layernorm"]),  # tied: the table too
+        ("llama", "lora", ["norm", "layers.6.mlp.up_proj"]),
+    ],
+)
+def test_planned_bytes_of_modules_trained_whole_are_the_real_ones(
+    model_type: str, method: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    run, config, dtype = run_of(method, modules_to_save=names), config_of(model_type), torch.bfloat16
+    anatomy, memory = planned(run, config, dtype)
+    found = real(run, config, dtype, tmp_path / "model")
+    assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
+    assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
+    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
+    assert memory.peak == pytest.approx(found["peak"], rel=0.05)

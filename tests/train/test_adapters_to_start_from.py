@@ -71,7 +71,7 @@ def test_an_adapter_of_peft_is_gone_on_with_and_resumed(place: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"r": 4, "target_modules": ["q_proj"], "lora_bias": True}, "uses lora_bias"),
         ({"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}, "layers_to_transform"),
         ({"r": 4, "target_modules": r".*layers\.0\.self_attn\.q_proj"}, "on some layers of the names q_proj"),
     ],

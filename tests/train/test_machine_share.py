@@ -16,12 +16,14 @@ TOKENS = 32
 
 
 @pytest.mark.parametrize("forwards", [1, 2])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "whole"])
 def test_operations_are_those_that_torch_counts(method: str, forwards: int) -> None:
     """Of transformers' own layers, every token through the head. The first layer's inputs need no gradient."""
     graph = model_of("llama", num_hidden_layers=8)
     if method == "lora":
         adapted(graph, fused=False)
+    if method == "whole":
+        adapted(graph, fused=False, whole=["lm_head", "up_proj"])
     tokens = torch.randint(256, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         for _ in range(forwards - 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune.adapters.outer_names import Rename, renamed_key, renamed_targets, under_graph_names
 from fitune.adapters.targets import target_names
+from fitune.adapters.whole_modules import (
+    check_not_quantised,
+    learn_on,
+    train_whole,
+    whole_names,
+    whole_parameters,
+    without_whole,
+)
 from fitune.atomic import new_folder
 from fitune.errors import InputError
 from fitune.quant.parameter import QuantisedParameter
@@ -35,16 +43,19 @@ LayerFactory = Callable[..., nn.Module | None]
 def inject(
     model: PreTrainedModel, head: str, *, rank: int, alpha: float, dropout: float, targets: Any, rslora: bool,
     seed: int, base_name: str, layer: LayerFactory | None = None, rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False,
+    alpha_pattern: Mapping[str, float] | None = None, dora: bool = False, whole: Sequence[str] | None = None,
+    with_values: bool = True,
 ) -> PeftModel:  # fmt: skip
     """`model` with a fresh adapter (A random from `seed`, B zero) on every target; the base is frozen.
 
     `layer` makes the LoRA layers (the fused ones); where it returns None PEFT's own are used. The patterns are as
     PEFT's: ends of names, or expressions, with the rank and alpha of the layers that they fit. `dora`: each layer has
-    a magnitude for every output too, which begins as the length of the weight's row.
-    Raises InputError for targets that match nothing, or that DoRA is not for.
+    a magnitude for every output too, which begins as the length of the weight's row. `whole`: modules that are
+    trained themselves (`whole_names`); `with_values=False` leaves the memory of their copies untouched.
+    Raises InputError for targets that match nothing, or that DoRA is not for, and for what cannot be trained whole.
     """
-    names = target_names(model, head, targets)
+    saved = whole_names(model, whole)
+    names = list(without_whole(dict.fromkeys(target_names(model, head, targets)), saved, targets))
     transposed = [name for name in names if dora and isinstance(model.get_submodule(name), Conv1D)]
     if transposed:
         raise InputError(
@@ -65,6 +76,7 @@ def inject(
     found = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     if len(found) != len(names):
         raise RuntimeError(f"PEFT adapted {len(found)} of {len(names)} layers")
+    train_whole(adapted, saved, ADAPTER, with_values)
     return adapted
 
 
@@ -156,6 +168,7 @@ def _load(
         config.lora_dropout = dropout
     if config.init_lora_weights in _ONLY_FILLING:
         config.init_lora_weights = True  # what A and B began with is overwritten
+    check_not_quantised(model, config.modules_to_save or (), folder)
     if layer is not None:
         config._register_custom_module({nn.Linear: layer})
     try:
@@ -174,13 +187,17 @@ def _load(
         raise InputError(
             f"{len(odd)} tensors of the adapter and the model do not match, such as {odd[0]}", where=folder
         )
+    if trainable:
+        learn_on(adapted, ADAPTER)
     # PEFT renames tensors as older checkpoints want it, and loses some whose names only look like theirs.
     parameters = dict(adapted.named_parameters())
+    whole = whole_parameters(adapted, ADAPTER)
     with torch.no_grad():
         for key, tensor in tensors.items():
             name, _, leaf = key.rpartition(".")
             is_magnitude = leaf == "lora_magnitude_vector"  # the only one whose name in a file has no "weight"
-            target = parameters.get(f"{key}.{ADAPTER}.weight" if is_magnitude else f"{name}.{ADAPTER}.{leaf}")
+            inside = f"{key}.{ADAPTER}.weight" if is_magnitude else f"{name}.{ADAPTER}.{leaf}"
+            target = whole.get(key, parameters.get(inside))
             if target is not None:
                 target.copy_(tensor)
     return adapted

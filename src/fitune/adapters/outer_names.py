@@ -32,7 +32,7 @@ def renamed_targets(config: dict[str, Any], rename: Rename) -> dict[str, Any]:
     and expressions."""
     lists = {
         field: sorted(rename(name) for name in config[field])
-        for field in ("target_modules", "exclude_modules")
+        for field in ("target_modules", "exclude_modules", "modules_to_save")
         if isinstance(config.get(field), (list, tuple, set))
     }
     patterns = {

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from fitune.adapters.outer_names import Rename
 from fitune.adapters.targets import target_names
+from fitune.adapters.whole_modules import are_tied, end_names, whole_names
 from fitune.errors import InputError
 
 # What PEFT's LoRA can do beside a matrix pair on each module, by the value that means: not here.
 _BESIDE = {
-    "modules_to_save": None, "bias": "none",
+    "bias": "none",
     "fan_in_fan_out": False, "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "lora_bias": False, "use_qalora": False, "corda_config": None, "arrow_config": None,
 }  # fmt: skip
@@ -34,6 +35,7 @@ class AdapterSettings:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     dora: bool
+    modules_to_save: tuple[str, ...] | None
 
 
 def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename | None = None) -> AdapterSettings:
@@ -57,16 +59,22 @@ def settings_of(folder: Path, graph: PreTrainedModel, head: str, inner: Rename |
         raise InputError(f"this adapter uses {used}, which a run cannot go on with", where=folder)
     names = {key.removeprefix(_PREFIX).partition(_MARK)[0] for key in keys if _MARK in key}
     names = {inner(name) for name in names} if inner is not None else names
+    others = [key for key in keys if ".lora_" not in key] if config.get("modules_to_save") else []
+    whole = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in others}
+    whole = {inner(name) for name in whole} if inner is not None else whole
     return AdapterSettings(
         int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora")),
-        _targets(names, graph, head, folder), dict(config.get("rank_pattern") or {}),
+        _targets(names, graph, head, whole, folder), dict(config.get("rank_pattern") or {}),
         dict(config.get("alpha_pattern") or {}), bool(config.get("use_dora")),
+        _modules_to_save(whole, graph, bool(config.get("ensure_weight_tying")), folder),
     )  # fmt: skip
 
 
-def _targets(names: set[str], graph: PreTrainedModel, head: str, folder: Path) -> str | tuple[str, ...]:
+def _targets(
+    names: set[str], graph: PreTrainedModel, head: str, whole: set[str], folder: Path
+) -> str | tuple[str, ...]:  # fmt: skip
     """How the run file names just these layers."""
-    if names == set(target_names(graph, head, "all-linear")):
+    if names == set(target_names(graph, head, "all-linear")) - whole:
         return "all-linear"
     ends = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     found: set[Any] = set()
@@ -83,3 +91,23 @@ def _targets(names: set[str], graph: PreTrainedModel, head: str, folder: Path) -
             where=folder,
         )
     return ends
+
+
+def _modules_to_save(
+    names: set[str], graph: PreTrainedModel, is_tied: bool, folder: Path
+) -> tuple[str, ...] | None:  # fmt: skip
+    """How the run file names the modules that the adapter has whole."""
+    if not names:
+        return None
+    if are_tied(graph) and not is_tied and names & set(end_names(graph)):
+        ends = " and ".join(sorted(names & set(end_names(graph))))
+        raise InputError(
+            f"this adapter has {ends} whole, apart from what it is tied to in the model (ensure_weight_tying is not "
+            "true); a run trains both as one, and cannot go on with it",
+            where=folder,
+        )
+    short = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    for asked in (short, tuple(sorted(names))):
+        if set(whole_names(graph, asked, where=str(folder))) == names:
+            return asked
+    raise InputError(f"this adapter has {', '.join(sorted(names))} whole, which this model has not so", where=folder)

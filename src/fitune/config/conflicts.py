@@ -49,6 +49,10 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
             )
     if config.method == "auto" and config.lora.start_from is not None:
         yield Conflict("lora.start_from", ("method",), "say which base it is for: method lora or qlora")
+    if config.method == "auto" and config.lora.modules_to_save:
+        yield Conflict(
+            "lora.modules_to_save", ("method",), "layers in 4 bits cannot be trained whole: say method lora or qlora"
+        )
     if config.lora.initial == "loftq":
         if config.method in ("lora", "auto"):
             yield Conflict(

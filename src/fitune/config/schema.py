@@ -189,6 +189,11 @@ class LoraSettings(Section):
             examples=[["q_proj", "v_proj"]],
         )
     )
+    modules_to_save: Annotated[tuple[Text, ...] | None, BeforeValidator(_as_tuple)] = Field(
+        default=None,
+        description="Modules to train whole, beside the adapter and saved in it, such as embed_tokens and lm_head",
+        examples=[["embed_tokens", "lm_head"]],
+    )
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
         default={},
         description="Other ranks for some modules: {end of their names, or an expression for it: rank}",
@@ -209,7 +214,7 @@ class LoraSettings(Section):
     start_from: Annotated[Text, InputFolder()] | None = Field(
         default=None,
         description="An adapter to go on from, of this or another program: a folder as PEFT writes it, or a run's; "
-        "rank, alpha, their patterns, targets, rslora and dora are the adapter's",
+        "rank, alpha, their patterns, targets, rslora, dora and modules_to_save are the adapter's",
         examples=["runs/first"],
     )
     initial: Literal["zero", "loftq"] = Field(

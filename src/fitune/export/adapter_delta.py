@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fitune.errors import InputError
+from fitune.export.whole_tensors import WholeTensor, place_whole
 from fitune.models.source import ModelSource
 
 CONFIG = "adapter_config.json"
@@ -24,6 +25,7 @@ BASE = "base.json"
 
 _PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_((?P<side>[AB])\.weight|magnitude_vector)")
 _MAGNITUDE = "magnitude_vector"
+_PREFIX = "base_model.model."
 # Fields that say how the adapter was made or placed, not what it computes: the tensors carry the outcome.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
@@ -31,7 +33,10 @@ _HARMLESS = {
     "lora_dropout", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-_COVERED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "use_dora"}
+_COVERED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "use_dora",
+    "modules_to_save",
+}  # fmt: skip
 _BASE_CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -67,8 +72,8 @@ class LoraPair:
 
 def read_adapter(
     folder: Path, source: ModelSource, graph: PreTrainedModel, allow_other_base: bool = False
-) -> dict[str, LoraPair]:
-    """Adapter folder -> name of a weight in `graph`, the model of `source` -> pair.
+) -> dict[str, LoraPair | WholeTensor]:
+    """Adapter folder -> name of a weight in `graph`, the model of `source` -> pair, or what stands in its place.
 
     Raises InputError, with all problems at once, for an adapter of another base, of a kind that is not LoRA,
     rsLoRA or DoRA, or with a tensor that has no place or another shape.
@@ -81,14 +86,24 @@ def read_adapter(
         raise InputError(problems, where=folder)
     tensors = _read_tensors(folder / WEIGHTS)
     sides: dict[str, dict[str, torch.Tensor]] = {}
+    whole: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         matched = _PAIR.fullmatch(key)
-        if matched is None:
+        if matched is None and config.get("modules_to_save") and ".lora_" not in key:
+            whole[source.graph_module(key.removeprefix(_PREFIX))] = tensor
+        elif matched is None:
             problems.append(f"tensor {key} is no part of a LoRA pair on a weight matrix")
         else:
             sides.setdefault(source.graph_module(matched["module"]), {})[matched["side"] or _MAGNITUDE] = tensor
     modules = dict(graph.named_modules())
-    pairs: dict[str, LoraPair] = {}
+    placed, odd = place_whole(whole, graph)
+    pairs: dict[str, LoraPair | WholeTensor] = {**placed}
+    problems += odd
+    others = [key for key in tensors if ".lora_" not in key]
+    problems += [
+        f"{CONFIG}: modules_to_save has {name!r}, and {WEIGHTS} no such tensor"
+        for name in config.get("modules_to_save") or () if not any(f"{name}." in key for key in others)
+    ]  # fmt: skip
     for module, found in sides.items():
         problem = _check_pair(module, found, config, graph, modules.get(module))
         if problem is None:
@@ -99,7 +114,7 @@ def read_adapter(
             )
         else:
             problems.append(problem)
-    if not sides and not problems:
+    if not pairs and not problems:
         problems.append(f"{WEIGHTS} holds no LoRA tensors")
     if problems:
         more = [f"and {len(problems) - 10} more problems"] if len(problems) > 10 else []

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fitune.export.adapter_delta import LoraPair
 from fitune.export.trained_beside import TrainedBase
+from fitune.export.whole_tensors import WholeTensor
 from fitune.models.conversion import GraphTensors, Group
 from fitune.models.shards import TensorPlan
 from fitune.models.source import ModelSource
@@ -29,21 +30,25 @@ class MergedTensors:
 
     Attributes:
         plans: every tensor to be written, in an order in which no group has to be made twice.
+        count: how many weights the adapter changes, tied ones as one.
 
     Raises:
         InputError: an adapted weight cannot be put back into the checkpoint's own form.
     """
 
     def __init__(
-        self, source: ModelSource, graph: PreTrainedModel, tensors: GraphTensors, pairs: Mapping[str, LoraPair],
-        base: TrainedBase,
+        self, source: ModelSource, graph: PreTrainedModel, tensors: GraphTensors,
+        pairs: Mapping[str, LoraPair | WholeTensor], base: TrainedBase,
     ) -> None:  # fmt: skip
         self._source = source
         self._graph = graph
         self._tensors = tensors
         self._pairs = pairs
         self._base = base
-        self._waiting = set(pairs)
+        # A checkpoint may hold either of two tied tensors.
+        tied = {name for pair in graph.all_tied_weights_keys.items() for name in pair}
+        self._waiting = {name for name in pairs if name in tensors.by_name or name not in tied}
+        self.count = len(self._waiting)
         # Written name -> the name in the source, or the group that it is made of.
         self._untouched: dict[str, str] = {}
         self._made: dict[str, Group] = {}

@@ -106,7 +106,7 @@ def merge_adapter(
         files=[output / path.name for path in paths],
         weight_bytes=weight_bytes,
         tensors=len(merged.plans),
-        merged_tensors=len(pairs),
+        merged_tensors=merged.count,
         tokenizer_from=tokenizer_from,
         comparison=comparison,
         note=source.note,

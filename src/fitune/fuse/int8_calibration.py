@@ -22,6 +22,7 @@ from fitune.fuse.lora_linear import FusedLoraLinear
 from fitune.fuse.lora_product import SharedProduct
 from fitune.fuse.model import FusedModel
 from fitune.kernels import int8_products
+from fitune.models.wrapped_part import original
 from fitune.quant.linear import QuantisedLinear
 from fitune.quant.nf4 import DYNAMIC_MAP
 from fitune.quant.parameter import QuantisedParameter
@@ -82,7 +83,7 @@ def recode_unseen(model: FusedModel, is_filled: bool, outliers: int = OUTLIERS) 
 
 def _frozen_linears(model: FusedModel) -> dict[str, nn.Linear]:
     """All but the head."""
-    head = model.graph.get_output_embeddings()
+    head = original(model.graph.get_output_embeddings())
     return {
         name: module
         for name, module in model.graph.named_modules()

@@ -22,6 +22,7 @@ from fitune.fuse.prove import TOLERANCE
 from fitune.fuse.replace import FusionReport, fuse
 from fitune.models.dropout import drops
 from fitune.models.graph import recompute_layers
+from fitune.models.wrapped_part import in_use, original
 from fitune.process_memory import give_back_free_memory
 from fitune.quant.stream import LayerStream
 
@@ -97,7 +98,7 @@ class FusedModel:
         if "head" not in self.report.replaced:
             rows = logits.reshape(-1, logits.shape[-1])[before].float()
             return rows.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-        head = self.graph.get_output_embeddings()
+        head = in_use(self.graph.get_output_embeddings())
         rows = hidden.reshape(-1, hidden.shape[-1])[before].to(self.dtype)
         if self.stream is not None:  # the head comes now: layers go, and what the last step's gradients left
             self.stream.make_room()
@@ -126,7 +127,7 @@ def prepare(
 def _find_logit_form(model: FusedModel) -> str | None:
     """Sets the model's logit form; or says why its head, and a scale and a cap, are not all it does to get logits."""
     graph = model.graph
-    head = graph.get_output_embeddings()
+    head, base = in_use(graph.get_output_embeddings()), original(graph.get_output_embeddings())
     if not isinstance(head, nn.Linear) or not hasattr(graph, "get_decoder"):
         return "the output head is not a linear layer"
     if drops(graph, apart_from=graph.get_decoder()):
@@ -139,7 +140,9 @@ def _find_logit_form(model: FusedModel) -> str | None:
         with torch.no_grad():
             logits = graph(input_ids=tokens, use_cache=False).logits[0].float()
             hidden = graph.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
-            products = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+            held = base.weight.dtype  # what is trained whole is wider
+            bias = None if head.bias is None else head.bias.to(held)
+            products = torch.nn.functional.linear(hidden.to(held), head.weight.to(held), bias).float()
     except (TypeError, AttributeError, RuntimeError, ValueError, FituneError) as error:
         return f"cannot be compared: {error}"
     finally:

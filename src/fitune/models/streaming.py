@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fitune.errors import InputError
 from fitune.hardware import memory
+from fitune.models.wrapped_part import original
 from fitune.quant.direct_reads import DirectReads, NoDirectReadsError
 from fitune.quant.mapped_pages import MappedPages, give_back, is_mapped, spans_of
 from fitune.quant.parameter import QuantisedParameter
@@ -64,5 +65,5 @@ def disk_carrier(groups: Groups) -> tuple[Carrier, str | None]:
 def end_tensors(model: PreTrainedModel) -> list[Tensor]:
     """The weights of embeddings and head that lie in mapped files."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = [getattr(module, "weight", None) for module in modules if module is not None]
+    weights = [getattr(original(module), "weight", None) for module in modules if module is not None]
     return [weight.data for weight in weights if isinstance(weight, Tensor) and is_mapped(weight.data)]

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fitune.adapters.targets import target_ranks
+from fitune.adapters.whole_modules import whole_names, without_whole
 from fitune.config.schema import RunConfig
 from fitune.fuse.int8_calibration import OUTLIERS
 from fitune.kernels.reference import BLOCK, NESTED_BLOCK
@@ -115,7 +116,9 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
     dtype = torch.float32 if full else dtype
     graph = build_graph(config, dtype)
     quantised = frozenset(quantised_names(graph) if run.method == "qlora" else ())
+    whole = [] if full else whole_names(graph, run.lora.modules_to_save, quantised)
     adapted = {} if full else target_ranks(graph, head_name(graph), run.lora)
+    adapted = without_whole(adapted, whole, run.lora.targets)
     frozen = _buffer_bytes(graph, dtype)
     trained: Counter[tuple[int, ...]] = Counter()
     in_layers: Counter[int] = Counter()
@@ -139,10 +142,16 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         if run.lora.dora:
             trained[rows,] += 1  # its magnitudes
             frozen += 4 * rows  # and the squares of the weight's rows
+    for copied in {id(p): p for name in whole for p in graph.get_submodule(name).parameters()}.values():
+        trained[tuple(copied.shape)] += copied.is_floating_point()
+    frozen += sum(one.numel() * one.element_size() for name in whole for one in graph.get_submodule(name).buffers())
     int8 = _int8_bytes(graph) if run.train.compute == "int8" else 0
     layer_bytes = tuple(in_layers[number] for number in sorted(in_layers))
     is_mapped = run.method == "qlora" and dtype != torch.float32  # wider ones are copies, and stay
     ends, head = (_embedding_bytes(graph, dtype), _head_bytes(graph, dtype)) if is_mapped else (0, 0)
+    table = graph.get_input_embeddings()
+    ends = 0 if any(graph.get_submodule(name) is table for name in whole) else ends
+    head = 0 if head_name(graph) in whole else head  # the copy, which is never let go, is what is used
     return Anatomy(
         frozen,
         layer_bytes,
@@ -151,7 +160,7 @@ def read_anatomy(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype) -
         int8,
         trained,
         expert_counts(config),
-        _layers(graph, None if full else adapted),
+        _layers(graph, None if full else adapted | dict.fromkeys(whole, 0)),
         sum(parameter.numel() for parameter in graph.parameters()),
     )
 
@@ -203,13 +212,14 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _layers(graph: PreTrainedModel, adapted: Mapping[str, int] | None) -> Layers:
-    """`adapted`: names of the layers with an adapter, and its rank; None where every weight learns."""
+    """`adapted`: names of the layers with an adapter, and its rank (0: trained whole); None where all learn."""
     path, modules = _largest_list(graph)
     if path is None or _share_parameters(modules):
         return WHOLE
     per_layer = _per_layer_settings(graph.config.get_text_config(), len(modules))
     kinds: list[Hashable] = []
-    flows = adapted is None  # whether a gradient must flow into the layer
+    # Whether a gradient must flow into the layer.
+    flows = adapted is None or any(graph.get_submodule(name) is graph.get_input_embeddings() for name in adapted)
     for number, module in enumerate(modules):
         inside = _adapted_inside(f"{path}.{number}.", adapted)
         kinds.append((number == 0, flows, inside, tuple(values[number] for values in per_layer), _kind(module)))

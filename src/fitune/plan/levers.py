@@ -89,14 +89,21 @@ def _may_split(given: frozenset[str]) -> bool:
     return "train.micro_batch" not in given
 
 
+def _trains_whole(run: RunConfig, method: str) -> bool:
+    """Whether weights of the base learn themselves."""
+    return method == "full" or bool(run.lora.modules_to_save)
+
+
 def _optimizers(run: RunConfig, method: str, given: frozenset[str]) -> tuple[str, ...]:
-    """An adapter's states are small: 8 bits are for all weights."""
-    is_fixed = method != "full" or "train.optimizer" in given
+    """An adapter's states are small: 8 bits are for whole weights."""
+    is_fixed = not _trains_whole(run, method) or "train.optimizer" in given
     return _either(run.train.optimizer, ("adamw", "adamw8bit"), is_fixed)
 
 
 def _states(run: RunConfig, method: str, given: frozenset[str]) -> tuple[str, ...]:
-    is_fixed = method != "full" or "train.optimizer_states" in given or run.train.optimizer not in ELEMENT_WISE
+    is_fixed = (
+        not _trains_whole(run, method) or "train.optimizer_states" in given or run.train.optimizer not in ELEMENT_WISE
+    )
     return _either(run.train.optimizer_states, ("memory", "disk"), is_fixed)
 
 

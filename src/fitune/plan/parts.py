@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitune.errors import FituneError
 from fitune.fuse.head import LogitForm
 from fitune.fuse.model import FusedModel
+from fitune.models.wrapped_part import in_use
 
 PROBE_TOKENS = 8
 _PRODUCTS = {"aten.mm", "aten.addmm", "aten.bmm", "aten.matmul", "aten.linear"}
@@ -75,7 +76,7 @@ def use_parts(model: FusedModel, plain_attention: str, parts: Parts) -> None:
 def _logit_form(model: FusedModel) -> LogitForm | None:
     graph = model.graph
     decoder = graph.get_decoder() if hasattr(graph, "get_decoder") else None
-    if decoder is None or decoder is graph or not isinstance(graph.get_output_embeddings(), nn.Linear):
+    if decoder is None or decoder is graph or not isinstance(in_use(graph.get_output_embeddings()), nn.Linear):
         return None
     after = _Recorder()
 

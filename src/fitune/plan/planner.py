@@ -205,6 +205,13 @@ def _ranks(run: RunConfig) -> int | str:
     return f"{run.lora.rank}; {others}" if others else run.lora.rank
 
 
+def _whole(run: RunConfig) -> tuple[Item, ...]:
+    """Modules that are trained beside the adapters, where there are any."""
+    names = run.lora.modules_to_save
+    origin = _origin("modules_to_save", run.lora.model_fields_set)
+    return (Item("trained whole", ", ".join(names), "", origin),) if names else ()
+
+
 def resolved_settings(
     run: RunConfig, workload: Workload, learning_rate: float, chosen: Collection[str] = ()
 ) -> tuple[Item, ...]:
@@ -220,6 +227,7 @@ def resolved_settings(
     )
     return (
         Item("rank", _ranks(run), "", _origin("rank", run.lora.model_fields_set)),
+        *_whole(run),
         Item("learning rate", learning_rate, "", "you" if train.learning_rate else "default"),
         Item("micro-batch", train.micro_batch, "rows", origin("micro_batch")),
         Item("accumulation", train.accumulation, "micro-batches", origin("accumulation")),

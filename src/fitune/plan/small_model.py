@@ -59,6 +59,7 @@ def small_model(
             graph, head_name(graph), rank=run.lora.rank, alpha=run.lora.alpha, dropout=run.lora.dropout,
             targets=run.lora.targets, rslora=run.lora.rslora, seed=0, base_name="", layer=unmeasured_lora_layer,
             rank_pattern=run.lora.rank_pattern, alpha_pattern=run.lora.alpha_pattern, dora=run.lora.dora,
+            whole=run.lora.modules_to_save, with_values=filled,
         )  # fmt: skip
     plain_attention = graph.config._attn_implementation
     model = prepare(graph, adapted, dtype, backend, proofs=False)

@@ -42,7 +42,11 @@ def work_of(model: FusedModel, recompute: bool, forwards: int = 1) -> Work | Non
     if expert_counts(graph.config):
         return None
     head, per_token, per_trained = head_name(graph), 0, 0
+    copies = ".modules_to_save."  # of a module trained whole: it stands for the original, which does not compute
     for name, module in graph.named_modules():
+        if name.endswith(".original_module"):
+            continue
+        name = name.partition(copies)[0]
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         ins, outs = (

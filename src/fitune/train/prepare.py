@@ -58,7 +58,7 @@ def build_for_training(
                 graph, head_name(graph), rank=config.lora.rank, alpha=config.lora.alpha, dropout=config.lora.dropout,
                 targets=config.lora.targets, rslora=config.lora.rslora, seed=config.seed, base_name=source.reference,
                 layer=fused_lora_layer, rank_pattern=config.lora.rank_pattern,
-                alpha_pattern=config.lora.alpha_pattern, dora=config.lora.dora,
+                alpha_pattern=config.lora.alpha_pattern, dora=config.lora.dora, whole=config.lora.modules_to_save,
             )  # fmt: skip
             # Columns for int8 are chosen by what the model computes: resumed they must be the same.
             if config.lora.initial == "loftq" and (computation.trains_in_int8 or not is_resumed):
