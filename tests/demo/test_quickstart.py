@@ -14,6 +14,9 @@ import pytest
 
 from fitune.data.reading import read_samples
 
+# A run beside others, on a slow machine, took 510 s.
+pytestmark = pytest.mark.timeout(1800)
+
 
 def quickstart(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
