@@ -78,6 +78,21 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -
     return model.to(dtype)
 
 
+def gemma3(tied: bool = True) -> transformers.PreTrainedModel:
+    """A multimodal model: a text decoder beside a vision tower."""
+    torch.manual_seed(0)
+    text = {**SHAPE, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(
+        "gemma3", text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, mm_tokens_per_image=4,
+        image_token_index=300, boi_token_index=301, eoi_token_index=302, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

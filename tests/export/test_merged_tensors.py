@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     Gemma3ForConditionalGeneration,
-    PreTrainedModel,
 )
 
 from fitune.adapters.targets import target_names
@@ -29,7 +28,7 @@ from fitune.models.folder import FolderSource
 from fitune.models.graph import head_name
 from fitune.models.source import ModelSource
 from fitune.models.text_part import TextPart
-from tiny_models import SHAPE, tokenizer
+from tiny_models import SHAPE, gemma3, tokenizer
 
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
 KINDS: dict[str, dict[str, Any]] = {
@@ -230,20 +229,6 @@ def test_an_adapter_on_a_router_or_an_embedding_is_refused(tmp_path: Path) -> No
         save_file(tensors | more, adapter / "adapter_model.safetensors")
         with pytest.raises(InputError, match=r"only LoRA on linear layers|the base has no tensor"):
             merge_adapter(source, adapter, tmp_path / "out")
-
-
-def gemma3(tied: bool = True) -> PreTrainedModel:
-    torch.manual_seed(0)
-    text = {**SHAPE, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
-    config = AutoConfig.for_model(
-        "gemma3", text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, mm_tokens_per_image=4,
-        image_token_index=300, boi_token_index=301, eoi_token_index=302, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("with_graph_names", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fitune.adapters.lora import inject, save_adapter
 from fitune.errors import InputError
@@ -18,23 +18,9 @@ from fitune.models import find_model
 from fitune.models.build import build_dense
 from fitune.models.graph import head_name
 from fitune.models.source import ModelSource
-from tiny_models import SHAPE, distance, tokenizer
+from tiny_models import SHAPE, distance, gemma3, tokenizer
 
 TOKENS = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(3))
-
-
-def gemma3(tied: bool) -> PreTrainedModel:
-    torch.manual_seed(0)
-    text = {**SHAPE, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
-    config = AutoConfig.for_model(
-        "gemma3", text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, mm_tokens_per_image=4,
-        image_token_index=300, boi_token_index=301, eoi_token_index=302, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
 
 
 def phi3() -> PreTrainedModel:

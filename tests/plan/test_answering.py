@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from fitune.generate import generate
 from fitune.models.folder import FolderSource
+from fitune.plan import answering
 from fitune.plan.anatomy import read_anatomy
-from fitune.plan.answering import Answering, answering_bytes
+from fitune.plan.answering import Answering, answering_memory
 from fitune.plan.computation import Computation
 from fitune.plan.dry_run import Shape
 from fitune.plan.live_bytes import LiveBytes
@@ -32,11 +33,11 @@ def test_what_exceeds_a_step_is_in_the_peak(resident_layers: int | None) -> None
     small, large = (
         run_memory(run, config, computation, shape, answering=Answering(rows, 0, 60, 40)) for rows in (1, 4096)
     )
-    assert small.answering < plain.step.resident - plain.step.optimizer < large.answering
+    assert small.answering.bytes < plain.step.resident - plain.step.optimizer < large.answering.bytes
     assert small.bytes(resident_layers) == plain.bytes(resident_layers)
     weights = plain.bytes(resident_layers) - plain.at_peak(resident_layers)[1]
     assert large.bytes(resident_layers) == pytest.approx(
-        weights + large.step.optimizer + large.answering, abs=plain.anatomy.head_bytes
+        weights + large.step.optimizer + large.answering.bytes, abs=plain.anatomy.head_bytes
     )
 
 
@@ -73,8 +74,26 @@ def test_planned_bytes_are_the_real_ones(
     answer()  # the way of generating is proven once
     with LiveBytes() as live:
         answer()
-    planned = answering_bytes(run, config, read_anatomy(run, config, dtype), asked, dtype, BACKEND)
-    assert live.peak <= planned <= 1.6 * live.peak
-    longer = replace(asked, new_tokens=400)
-    more = answering_bytes(run, config, read_anatomy(run, config, dtype), longer, dtype, BACKEND)
-    assert more > 1.5 * planned
+    planned, more = (
+        answering_memory(run, config, read_anatomy(run, config, dtype), one, dtype, BACKEND)
+        for one in (asked, replace(asked, new_tokens=400))
+    )
+    assert planned.guessed is more.guessed is None
+    assert live.peak <= planned.bytes <= 1.6 * live.peak
+    assert more.bytes > 1.5 * planned.bytes
+
+
+def test_an_estimate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model cannot be dry-run; and it is no less than what a dry run finds."""
+    run, config = run_of("qlora"), config_of("llama")
+    arguments = (run, config, read_anatomy(run, config, torch.bfloat16), Answering(8, 0, 60, 40))
+    counted = answering_memory(*arguments, torch.bfloat16, BACKEND)
+
+    def refuse(*_: object) -> int:
+        raise NotImplementedError("an operator without a fake\nand more")
+
+    monkeypatch.setattr(answering, "_known", {})
+    monkeypatch.setattr(answering, "_dry_run", refuse)
+    guessed = answering_memory(*arguments, torch.bfloat16, BACKEND)
+    assert guessed.guessed == "NotImplementedError: an operator without a fake"
+    assert guessed.bytes >= counted.bytes

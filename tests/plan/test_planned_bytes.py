@@ -108,6 +108,16 @@ def real(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype, folder: P
     return found
 
 
+def check(run: RunConfig, config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
+    """What is planned is what a run really holds."""
+    anatomy, memory = planned(run, config, dtype)
+    found = real(run, config, dtype, folder)
+    assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
+    assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
+    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
+    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+
+
 @pytest.mark.parametrize(("model_type", "method", "recompute"), CASES)
 def test_planned_bytes_are_the_real_ones(
     model_type: str, method: str, recompute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,12 +125,7 @@ def test_planned_bytes_are_the_real_ones(
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     run, config = run_of(method, recompute), config_of(model_type)
     dtype = torch.float32 if method == "full" else torch.bfloat16
-    anatomy, memory = planned(run, config, dtype)
-    found = real(run, config, dtype, tmp_path / "model")
-    assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
-    assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
-    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
-    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+    check(run, config, dtype, tmp_path / "model")
 
 
 def test_a_model_that_cannot_compute_its_layers_again_is_refused_by_the_plan() -> None:
@@ -212,9 +217,4 @@ def test_planned_bytes_of_modules_trained_whole_are_the_real_ones(
 ) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     run, config, dtype = run_of(method, modules_to_save=names), config_of(model_type), torch.bfloat16
-    anatomy, memory = planned(run, config, dtype)
-    found = real(run, config, dtype, tmp_path / "model")
-    assert (anatomy.frozen_bytes, anatomy.trained_bytes) == (found["frozen"], found["trained"])
-    assert memory.optimizer == pytest.approx(found["optimizer"], rel=0.001)
-    assert memory.saved == pytest.approx(found["saved"], rel=0.05)
-    assert memory.peak == pytest.approx(found["peak"], rel=0.05)
+    check(run, config, dtype, tmp_path / "model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from fitune.quant.lease import DecodedOnce, lease_for_generation
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 # The logits of a step, and what the choice of a token makes of them (in float32, and once more where it sorts).
 _LOGIT_COPIES = 3
-_known: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,40 @@ class Answering:
         return self.question_tokens + self.new_tokens
 
 
-def answering_bytes(
+@dataclass(frozen=True)
+class AnsweringMemory:
+    """What answering holds.
+
+    Attributes:
+        bytes: at its peak, without the model's weights.
+        guessed: why it is an estimate; None: it is not.
+    """
+
+    bytes: int
+    guessed: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """What the plan says the number comes from."""
+        return "dry run" if self.guessed is None else "estimate"
+
+
+NOTHING = AnsweringMemory(0)
+_known: dict[str, AnsweringMemory] = {}
+
+
+def answering_memory(
     run: RunConfig, config: PretrainedConfig, anatomy: Anatomy, asked: Answering | None, dtype: torch.dtype,
     backend: str,
-) -> int:  # fmt: skip
-    """The most that answering holds at one time, without the model's weights; 0 where nothing is asked.
+) -> AnsweringMemory:  # fmt: skip
+    """The most that answering holds at one time; nothing where nothing is asked.
 
     Caches of the questions and of all rows, what a forward makes on its way, logits; and, where no native kernel
     multiplies with weights in 4 bits, the weights decoded. Where a model cannot be dry-run its caches are taken to be
-    as wide as its hidden states.
+    as wide as its hidden states, twice.
     """
     if asked is None:
-        return 0
+        return NOTHING
     held_dtype = torch.float32 if run.method == "full" else dtype
     text = config.get_text_config()
     logits = _LOGIT_COPIES * 4 * asked.rows * int(text.vocab_size)
@@ -76,11 +97,12 @@ def answering_bytes(
     key = repr((run.method, run.lora, asked, dtype, backend, config.to_json_string()))
     if key not in _known:  # a budget's variants differ in what answers do not depend on
         try:
-            _known[key] = _dry_run(run, config, anatomy, asked, dtype, backend)
-        except (FituneError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
+            _known[key] = AnsweringMemory(_dry_run(run, config, anatomy, asked, dtype, backend))
+        except (FituneError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             a_token = 2 * int(text.num_hidden_layers) * int(text.hidden_size) * held_dtype.itemsize
-            _known[key] = 2 * a_token * asked.rows * asked.capacity
-    return _known[key] + logits + decoded
+            _known[key] = AnsweringMemory(2 * a_token * asked.rows * asked.capacity, why)
+    return replace(_known[key], bytes=_known[key].bytes + logits + decoded)
 
 
 def _dry_run(

@@ -191,7 +191,9 @@ def _gpu_notes(run: RunConfig, anatomy: Anatomy, machine: Machine) -> list[str]:
         )
     if machine.source == "you":
         notes.append("A card shows programs up to a tenth less than the size on its box; --on NAME knows it.")
-    if run.method == "full" and run.train.optimizer == "adamw":
+    if train.score_every_steps is not None:
+        notes.append("What answering questions for scores (train.score_every_steps) holds is not counted.")
+    if run.method == "full" and train.optimizer == "adamw":
         wide, narrow = _gb(16 * anatomy.trained_elements), _gb(8 * anatomy.trained_elements)
         notes.append(
             f"Weights, gradients and both moments are float32, as fitune trains them: {wide}. A recipe in pure "

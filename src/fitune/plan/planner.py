@@ -14,7 +14,7 @@ from fitune.config.schema import RunConfig
 from fitune.hardware import Hardware
 from fitune.models.dropout import told
 from fitune.plan.anatomy import Anatomy, read_anatomy
-from fitune.plan.answering import Answering, answering_bytes
+from fitune.plan.answering import NOTHING, Answering, AnsweringMemory, answering_memory
 from fitune.plan.computation import Computation
 from fitune.plan.dry_run import PROBE_LAYERS, Shape, StepMemory, probe_bytes, step_memory, step_seconds
 from fitune.plan.levers import Choice
@@ -116,7 +116,7 @@ class RunMemory:
     anatomy: Anatomy
     step: StepMemory
     untouched: int = 0
-    answering: int = 0
+    answering: AnsweringMemory = NOTHING
 
     @property
     def layers(self) -> int:
@@ -136,13 +136,13 @@ class RunMemory:
 
     def more_to_answer(self, resident_layers: int | None) -> int:
         """By how much answering between two steps exceeds the peak of a step."""
-        if not self.answering:
+        if not self.answering.bytes:
             return 0
         anatomy = self.anatomy
         weights = anatomy.resident_bytes(resident_layers) + anatomy.int8_bytes + anatomy.trained_bytes
         weights += max(0, anatomy.visiting_bytes(resident_layers))
         weights -= self.untouched if resident_layers is None else 0
-        held = weights + self.step.optimizer + self.answering
+        held = weights + self.step.optimizer + self.answering.bytes
         return max(0, held - sum(self.at_peak(resident_layers)))
 
     def bytes(self, resident_layers: int | None) -> int:
@@ -169,7 +169,7 @@ def run_memory(
     """
     anatomy = read_anatomy(run, config, computation.dtype)
     step = step_memory(run, config, anatomy, shape, computation.dtype, computation.backend)
-    more = answering_bytes(run, config, anatomy, answering, computation.dtype, computation.backend)
+    more = answering_memory(run, config, anatomy, answering, computation.dtype, computation.backend)
     return RunMemory(anatomy, step, _untouched_bytes(anatomy, distinct_tokens), more)
 
 
@@ -279,7 +279,7 @@ def make_plan(
         Item("optimizer states", step.optimizer, "bytes", "dry run"),
         Item("saved activations", saved, "bytes", "dry run"),
         Item("workspaces, logits", workspace, "bytes", "dry run"),
-        *((Item("more while scoring", answering, "bytes", "dry run"),) if answering else ()),
+        *((Item("more while scoring", answering, "bytes", held.answering.origin),) if answering else ()),
         Item("Python, torch, transformers", overhead, "bytes", "machine"),
     )
     peak = overhead + weights + of_step + answering
@@ -316,9 +316,11 @@ def _scores(run: RunConfig, workload: Workload, held: RunMemory) -> tuple[Item, 
     if asked is None:
         return ()
     how = f"every {run.train.score_every_steps} steps; their time is not in the plan's"
+    if held.answering.guessed is not None:
+        how += f", and their memory is an estimate ({held.answering.guessed})"
     return (
         Item("scores", how, "", "you"),
-        Item("answers hold", held.answering, "bytes", "dry run"),
+        Item("answers hold", held.answering.bytes, "bytes", held.answering.origin),
     )
 
 
