@@ -33,12 +33,15 @@ def test_inspect_tells_everything_in_json(questions: Path) -> None:
     assert [piece["is_trained"] for piece in facts["views"][0]["pieces"]] == [False, True, False]
 
 
-def test_inspect_estimates_the_time_of_an_epoch_where_it_can(questions: Path) -> None:
+def test_inspect_estimates_the_time_of_an_epoch_where_it_can(questions: Path, tmp_path: Path) -> None:
     facts = facts_of("data", "inspect", questions)
     assert 0.1 < facts["seconds_per_epoch"] < 600
-    code, out, _ = call("data", "inspect", questions, "--max-tokens", "100000")
+    run = tmp_path / "run.yaml"
+    run.write_text(f"data: {{train: {questions}}}\nlora: {{targets: [no_such_layer]}}\n", encoding="utf-8")
+    code, out, _ = call("data", "inspect", run)
     assert code == 0
-    assert "could not be estimated: data.max_tokens: 100000 is more than the 8192 positions" in out
+    assert "could not be estimated: " in out
+    assert "no_such_layer" in out
 
 
 def test_large_files_say_how_far_they_are_and_where_their_tokens_lie(
@@ -75,6 +78,13 @@ def test_inspect_reads_a_run_file(questions: Path, tmp_path: Path) -> None:
     code, _, err = call("data", "inspect", "--no-time", run, questions)
     assert code == 2
     assert "give it alone" in err
+
+
+def test_rows_longer_than_the_models_positions_are_refused(questions: Path) -> None:
+    assert facts_of("data", "inspect", "--no-time", questions, "--max-tokens", "8192")["row_tokens"] == 8192
+    code, out, err = call("data", "inspect", "--no-time", questions, "--max-tokens", "8193")
+    assert (code, out) == (2, "")
+    assert "data.max_tokens: 8193 is more than the 8192 positions of bundled" in " ".join(err.split())
 
 
 def test_what_cannot_be_trained_on_is_shown_and_exits_with_two(questions: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def inspect(
     from fitune.cli.encoding_view import encoding
     from fitune.data.dataset import examine_data
     from fitune.models.find import find_model
+    from fitune.models.positions import check_positions
 
     given = {
         "max_tokens": max_tokens,
@@ -86,6 +87,7 @@ def inspect(
         data["validation"] = _share(validation)
     config = _run_of(files, found, _columns(columns), instruction, data, model)
     source = find_model(config.model)
+    check_positions(config.data.max_tokens, source.config, config.model)
     with encoding() as watch:
         objective = config.train.objective if config.model_fields_set & {"train"} else None
         examined = examine_data(config.data, source.tokenizer(), config.seed, watch, objective)

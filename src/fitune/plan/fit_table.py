@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from fitune.config.schema import RunConfig
 from fitune.fuse.attention import obstacle
 from fitune.models.graph import build_graph
+from fitune.models.positions import positions_of
 from fitune.plan.anatomy import read_anatomy
 from fitune.plan.elsewhere import peak_on
 from fitune.plan.machines import Machine, find_machine
@@ -126,7 +127,7 @@ def peaks_needed(
 
 def row_lengths(config: PretrainedConfig) -> tuple[int, ...]:
     """256, 512, ... up to the longest row that the model takes, which comes last."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LIMIT_TOKENS
+    limit = positions_of(config) or LIMIT_TOKENS
     lengths = []
     tokens = SHORTEST_TOKENS
     while tokens < limit:

@@ -29,6 +29,7 @@ from fitune.hardware import Hardware, detect, disk_free_bytes, lies_in_memory
 from fitune.models.dropout import set_dropout
 from fitune.models.find import find_model
 from fitune.models.graph import build_graph, head_name
+from fitune.models.positions import check_positions
 from fitune.models.source import ModelSource
 from fitune.models.store import Progress as StoreProgress
 from fitune.plan.budget import is_wanted, plan_within
@@ -125,11 +126,7 @@ def prepare_run(
     source = find_model(config.model)
     set_dropout(source.config, config.train.model_dropout)
     tokenizer = source.tokenizer()
-    limit = getattr(source.config, "max_position_embeddings", None)
-    if limit is not None and config.data.max_tokens > limit:
-        raise InputError(
-            f"{config.data.max_tokens} is more than the {limit} positions of {config.model}", where="data.max_tokens"
-        )
+    check_positions(config.data.max_tokens, source.config, config.model)
     if config.lora.initial == "loftq" and source.quantised_folder() is not None:
         raise InputError(
             f"{source.reference} is in these 4 bits already, so that loftq has nothing to make up for; leave it out, "

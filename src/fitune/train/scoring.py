@@ -22,6 +22,7 @@ from fitune.fuse.model import FusedModel
 from fitune.generate.slot_generation import shared_prefix_tokens
 from fitune.generate.stopping import stop_ids
 from fitune.kernels.rooms import rooms
+from fitune.models.positions import positions_of
 from fitune.models.source import ModelSource
 from fitune.plan.answering import Answering
 from fitune.step.ranks import ALONE, Ranks
@@ -97,8 +98,8 @@ def questions_of(
     check_samples(samples, task, None if settings.database is None else Path(settings.database))
     prompts = [encode_prompt(with_system(sample.messages[:-1], config.data.system), tokenizer) for sample in samples]
     longest = max(map(len, prompts))
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and longest + settings.max_new_tokens > limit > 0:
+    limit = positions_of(source.config)
+    if limit is not None and longest + settings.max_new_tokens > limit:
         worst = samples[[len(prompt) for prompt in prompts].index(longest)]
         raise InputError(
             f"{worst.origin}: this question has {longest} tokens, and with {settings.max_new_tokens} new ones "
